@@ -1,0 +1,56 @@
+# Decides whether the CUDA backend is built, and adds it, or the file that stands in for it.
+
+if(NOT QLORA_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "QLORA_CUDA is '${QLORA_CUDA}', want AUTO, ON or OFF")
+endif()
+
+set(QLORA_HAS_CUDA OFF)
+if(NOT QLORA_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  # Checked with the architectures that will be built, or CMake would try the compiler's default.
+  set(CMAKE_CUDA_ARCHITECTURES ${QLORA_CUDA_ARCHS})
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+      set(reason "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}, want 12.8 or newer")
+    else()
+      set(QLORA_HAS_CUDA ON)
+    endif()
+  else()
+    set(reason "no CUDA compiler was found; install a CUDA toolkit, or point CUDACXX at its nvcc")
+  endif()
+  if(NOT QLORA_HAS_CUDA)
+    if(QLORA_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "QLORA_CUDA=ON, but ${reason}")
+    endif()
+    message(STATUS "qlora_native: CPU only (${reason})")
+  endif()
+endif()
+
+function(qlora_add_cuda_backend target)
+  if(NOT QLORA_HAS_CUDA)
+    target_sources(${target} PRIVATE csrc/cuda/unavailable.cpp)
+    return()
+  endif()
+  message(STATUS "qlora_native: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${QLORA_CUDA_ARCHS}")
+  target_sources(${target} PRIVATE
+    csrc/cuda/cuda_backend.cpp
+    csrc/cuda/nf4_codec.cu)
+  string(REPLACE ";" "," architectures "${QLORA_CUDA_ARCHS}")
+  set_source_files_properties(csrc/cuda/cuda_backend.cpp PROPERTIES COMPILE_DEFINITIONS
+    "QLORA_CUDA_ARCHS=\"${architectures}\";QLORA_CUDA_COMPILER=\"nvcc ${CMAKE_CUDA_COMPILER_VERSION}\"")
+  set_target_properties(${target} PROPERTIES
+    CUDA_STANDARD 20
+    CUDA_STANDARD_REQUIRED ON
+    CUDA_ARCHITECTURES "${QLORA_CUDA_ARCHS}"
+    CUDA_RUNTIME_LIBRARY Static
+    CUDA_VISIBILITY_PRESET hidden)
+  # Products must not be fused into sums: see qlora_flags.
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --expt-relaxed-constexpr>)
+  if(QLORA_WERROR)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+  endif()
+  find_package(CUDAToolkit REQUIRED)
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+endfunction()

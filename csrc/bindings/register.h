@@ -1,0 +1,26 @@
+// What the register_*.cpp files share. Each binds one group of operations: convert, release the GIL, call, return.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "bindings/tensor_caster.h"
+#include "core/operations.h"
+
+namespace qlora {
+
+namespace py = pybind11;
+
+/// Where an operation runs, as Python passes it: the last two arguments of every binding.
+inline ExecutionContext make_context(int num_threads, std::uintptr_t stream) {
+  return {.num_threads = num_threads, .stream = reinterpret_cast<void*>(stream)};
+}
+
+/// The arguments are converted with the GIL held; the operation runs without it.
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+void register_nf4_codec(py::module_& module);
+void register_linear(py::module_& module);
+void register_lora(py::module_& module);
+void register_adamw(py::module_& module);
+
+}  // namespace qlora

@@ -1,0 +1,63 @@
+// What a backend implements: the operations of core/operations.h, called with arguments that have been validated.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/operations.h"
+
+namespace qlora {
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  /// What `build_info` and messages call it.
+  virtual const char* name() const = 0;
+
+  // An operation that a backend does not override is Unsupported there, by name.
+  virtual void nf4_quantize(const TensorView& w, const NF4Weight& out,
+                            const ExecutionContext& context) const;
+  virtual void nf4_dequantize(const NF4Weight& weight, const TensorView& out,
+                              const ExecutionContext& context) const;
+  virtual void nf4_dequantize_absmax(const NF4Weight& weight, const TensorView& out,
+                                     const ExecutionContext& context) const;
+  virtual void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,
+                          const TensorView& y, const ExecutionContext& context) const;
+  virtual void nf4_linear_grad_input(const TensorView& dy, const NF4Weight& weight,
+                                     const TensorView& dx, const ExecutionContext& context) const;
+  virtual void lora_forward(const LoRAForward& arguments, const ExecutionContext& context) const;
+  virtual void lora_backward(const LoRABackward& arguments, const ExecutionContext& context) const;
+  virtual void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
+                       const ExecutionContext& context) const;
+  virtual void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
+                          const ExecutionContext& context) const;
+  virtual void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
+                              const ExecutionContext& context) const;
+
+ protected:
+  [[noreturn]] void refuse(const char* operation) const;
+};
+
+/// The two backends; the folders cpu/ and cuda/ define them. cuda_backend throws Unsupported in a build without CUDA.
+const Backend& cpu_backend();
+const Backend& cuda_backend();
+
+/// The backend of a device.
+const Backend& backend_for(Device device);
+
+/// What was compiled and what is in use, for `build_info`.
+struct CpuInfo {
+  std::vector<std::string> sets;  // compiled, and this processor has them; best last
+  std::string active_set;
+};
+CpuInfo cpu_info();
+
+struct CudaInfo {
+  bool is_compiled = false;
+  std::string architectures;  // comma-separated; empty without CUDA
+  std::string compiler;
+};
+CudaInfo cuda_info();
+
+}  // namespace qlora

@@ -1,0 +1,55 @@
+#include "core/backend.h"
+
+namespace qlora {
+
+const Backend& backend_for(Device device) {
+  switch (device.type) {
+    case DeviceType::cpu: return cpu_backend();
+    case DeviceType::cuda: return cuda_backend();
+  }
+  throw Unsupported(message("no backend for device ", device));
+}
+
+void Backend::refuse(const char* operation) const {
+  throw Unsupported(
+      message(operation, ": the ", name(), " backend does not have this operation yet"));
+}
+
+void Backend::nf4_quantize(const TensorView&, const NF4Weight&, const ExecutionContext&) const {
+  refuse("nf4_quantize");
+}
+void Backend::nf4_dequantize(const NF4Weight&, const TensorView&, const ExecutionContext&) const {
+  refuse("nf4_dequantize");
+}
+void Backend::nf4_dequantize_absmax(const NF4Weight&, const TensorView&,
+                                    const ExecutionContext&) const {
+  refuse("nf4_dequantize_absmax");
+}
+void Backend::nf4_linear(const TensorView&, const NF4Weight&, const TensorView&, const TensorView&,
+                         const ExecutionContext&) const {
+  refuse("nf4_linear");
+}
+void Backend::nf4_linear_grad_input(const TensorView&, const NF4Weight&, const TensorView&,
+                                    const ExecutionContext&) const {
+  refuse("nf4_linear_grad_input");
+}
+void Backend::lora_forward(const LoRAForward&, const ExecutionContext&) const {
+  refuse("lora_forward");
+}
+void Backend::lora_backward(const LoRABackward&, const ExecutionContext&) const {
+  refuse("lora_backward");
+}
+void Backend::dropout(const TensorView&, double, const TensorView&, const TensorView&,
+                      const ExecutionContext&) const {
+  refuse("dropout");
+}
+void Backend::adamw_step(std::span<const AdamWTensor>, const AdamWStep&,
+                         const ExecutionContext&) const {
+  refuse("adamw_step");
+}
+void Backend::adamw8bit_step(std::span<const AdamW8bitTensor>, const AdamWStep&,
+                             const ExecutionContext&) const {
+  refuse("adamw8bit_step");
+}
+
+}  // namespace qlora

@@ -1,0 +1,44 @@
+// Errors of the core. It throws and never prints or exits; the bindings turn each type into a Python exception.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace qlora {
+
+/// An argument cannot be right: ValueError in Python.
+struct InvalidArgument : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+/// The arguments are right, but this build or device does not do it: NotImplementedError in Python.
+struct Unsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Device memory ran out: MemoryError in Python. (Host memory throws std::bad_alloc, which becomes the same.)
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// A CUDA call failed: RuntimeError in Python.
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Streams its arguments into one string.
+template <typename... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+/// Throws InvalidArgument with the streamed `parts` unless `condition` holds.
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) throw InvalidArgument(message(parts...));
+}
+
+}  // namespace qlora

@@ -1,0 +1,199 @@
+// Validate, then ask the backend. The rules are in operations.h.
+#include "core/operations.h"
+
+#include <cmath>
+
+#include "core/backend.h"
+#include "core/validate.h"
+
+namespace qlora {
+
+void nf4_quantize(const TensorView& w, const NF4Weight& out, const ExecutionContext& context) {
+  const Validator validate("nf4_quantize", w.device);
+  validate.float_dtype(w, "w");
+  validate.weight(out);
+  validate.numel(w, "w", out.n * out.k);
+  backend_for(w.device).nf4_quantize(w, out, context);
+}
+
+void nf4_dequantize(const NF4Weight& weight, const TensorView& out,
+                    const ExecutionContext& context) {
+  const Validator validate("nf4_dequantize", weight.codes.device);
+  validate.weight(weight);
+  validate.float_dtype(out, "out");
+  validate.numel(out, "out", weight.n * weight.k);
+  backend_for(out.device).nf4_dequantize(weight, out, context);
+}
+
+void nf4_dequantize_absmax(const NF4Weight& weight, const TensorView& out,
+                           const ExecutionContext& context) {
+  const Validator validate("nf4_dequantize_absmax", weight.codes.device);
+  validate.weight(weight);
+  validate.dtype(out, "out", DType::float32);
+  validate.numel(out, "out", nf4_block_count(weight.n * weight.k, weight.block_size));
+  backend_for(out.device).nf4_dequantize_absmax(weight, out, context);
+}
+
+void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,
+                const TensorView& y, const ExecutionContext& context) {
+  const Validator validate("nf4_linear", weight.codes.device);
+  validate.weight(weight);
+  validate.float_dtype(x, "x");
+  validate.rank(x, "x", 2);
+  const std::int64_t m = x.shape[0], k = x.shape[1];
+  check(k == weight.k, "nf4_linear: x has k=", k, ", w has k=", weight.k);
+  validate.dtype(y, "y", x.dtype);
+  validate.shape(y, "y", {m, weight.n});
+  if (bias.is_present) {
+    validate.dtype(bias, "bias", x.dtype);
+    validate.shape(bias, "bias", {weight.n});
+  }
+  backend_for(x.device).nf4_linear(x, weight, bias, y, context);
+}
+
+void nf4_linear_grad_input(const TensorView& dy, const NF4Weight& weight, const TensorView& dx,
+                           const ExecutionContext& context) {
+  const Validator validate("nf4_linear_grad_input", weight.codes.device);
+  validate.weight(weight);
+  validate.float_dtype(dy, "dy");
+  validate.rank(dy, "dy", 2);
+  const std::int64_t m = dy.shape[0], n = dy.shape[1];
+  check(n == weight.n, "nf4_linear_grad_input: dy has n=", n, ", w has n=", weight.n);
+  validate.dtype(dx, "dx", dy.dtype);
+  validate.shape(dx, "dx", {m, weight.k});
+  backend_for(dy.device).nf4_linear_grad_input(dy, weight, dx, context);
+}
+
+namespace {
+
+struct LoRASizes {
+  std::int64_t m, n, k, r;
+};
+
+/// The sizes that x[m,k], lora_a[r,k] and lora_b[n,r] agree on.
+LoRASizes validate_lora_factors(const Validator& validate, const char* operation,
+                                const TensorView& x, const TensorView& lora_a,
+                                const TensorView& lora_b) {
+  validate.float_dtype(x, "x");
+  validate.rank(x, "x", 2);
+  validate.float_dtype(lora_a, "lora_a");
+  validate.rank(lora_a, "lora_a", 2);
+  validate.dtype(lora_b, "lora_b", lora_a.dtype);
+  validate.rank(lora_b, "lora_b", 2);
+  const LoRASizes sizes{x.shape[0], lora_b.shape[0], x.shape[1], lora_a.shape[0]};
+  check(lora_a.shape[1] == sizes.k, operation, ": x has k=", sizes.k,
+        ", lora_a has k=", lora_a.shape[1]);
+  check(lora_b.shape[1] == sizes.r, operation, ": lora_a has r=", sizes.r,
+        ", lora_b has r=", lora_b.shape[1]);
+  return sizes;
+}
+
+}  // namespace
+
+void lora_forward(const LoRAForward& arguments, const ExecutionContext& context) {
+  const auto& [x, lora_a, lora_b, scaling, t, y] = arguments;
+  const Validator validate("lora_forward", lora_a.device);
+  const auto [m, n, k, r] = validate_lora_factors(validate, "lora_forward", x, lora_a, lora_b);
+  validate.dtype(t, "t", x.dtype);
+  validate.shape(t, "t", {m, r});
+  validate.dtype(y, "y", x.dtype);
+  validate.shape(y, "y", {m, n});
+  backend_for(x.device).lora_forward(arguments, context);
+}
+
+void lora_backward(const LoRABackward& arguments, const ExecutionContext& context) {
+  const auto& [dy, x, t, lora_a, lora_b, scaling, grad_a, grad_b, dx] = arguments;
+  const Validator validate("lora_backward", lora_a.device);
+  const auto [m, n, k, r] = validate_lora_factors(validate, "lora_backward", x, lora_a, lora_b);
+  validate.dtype(dy, "dy", x.dtype);
+  validate.shape(dy, "dy", {m, n});
+  validate.dtype(t, "t", x.dtype);
+  validate.shape(t, "t", {m, r});
+  validate.dtype(grad_a, "grad_a", lora_a.dtype);
+  validate.shape(grad_a, "grad_a", lora_a.shape);
+  validate.dtype(grad_b, "grad_b", lora_b.dtype);
+  validate.shape(grad_b, "grad_b", lora_b.shape);
+  if (dx.is_present) {
+    validate.dtype(dx, "dx", x.dtype);
+    validate.shape(dx, "dx", x.shape);
+  }
+  backend_for(x.device).lora_backward(arguments, context);
+}
+
+void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
+             const ExecutionContext& context) {
+  const Validator validate("dropout", x.device);
+  validate.float_dtype(x, "x");
+  check(p >= 0.0 && p < 1.0, "dropout: p is ", p, ", want 0 <= p < 1");
+  validate.dtype(seed, "seed", DType::int64);
+  validate.numel(seed, "seed", 1);
+  validate.dtype(out, "out", x.dtype);
+  validate.shape(out, "out", x.shape);
+  backend_for(x.device).dropout(x, p, seed, out, context);
+}
+
+namespace {
+
+void validate_adamw_numbers(const char* operation, const AdamWStep& step) {
+  const auto at_least_zero = [&](double value, const char* argument) {
+    check(std::isfinite(value) && value >= 0.0, operation, ": ", argument, " is ", value,
+          ", want a finite number of at least 0");
+  };
+  at_least_zero(step.lr, "lr");
+  at_least_zero(step.eps, "eps");
+  at_least_zero(step.weight_decay, "weight_decay");
+  check(step.beta1 >= 0.0 && step.beta1 < 1.0, operation, ": beta1 is ", step.beta1,
+        ", want 0 <= beta1 < 1");
+  check(step.beta2 >= 0.0 && step.beta2 < 1.0, operation, ": beta2 is ", step.beta2,
+        ", want 0 <= beta2 < 1");
+  check(step.step >= 1, operation, ": step is ", step.step, ", want at least 1");
+}
+
+void validate_param_and_grad(const Validator& validate, const TensorView& param,
+                             const TensorView& grad) {
+  validate.float_dtype(param, "param");
+  validate.float_dtype(grad, "grad");
+  validate.shape(grad, "grad", param.shape);
+}
+
+}  // namespace
+
+void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
+                const ExecutionContext& context) {
+  validate_adamw_numbers("adamw_step", step);
+  if (tensors.empty()) return;
+  const Device device = tensors.front().param.device;
+  const Validator validate("adamw_step", device);
+  for (const auto& [param, grad, exp_avg, exp_avg_sq] : tensors) {
+    validate_param_and_grad(validate, param, grad);
+    validate.dtype(exp_avg, "exp_avg", DType::float32);
+    validate.shape(exp_avg, "exp_avg", param.shape);
+    validate.dtype(exp_avg_sq, "exp_avg_sq", DType::float32);
+    validate.shape(exp_avg_sq, "exp_avg_sq", param.shape);
+  }
+  backend_for(device).adamw_step(tensors, step, context);
+}
+
+void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
+                    const ExecutionContext& context) {
+  validate_adamw_numbers("adamw8bit_step", step);
+  if (tensors.empty()) return;
+  const Device device = tensors.front().param.device;
+  const Validator validate("adamw8bit_step", device);
+  for (const AdamW8bitTensor& tensor : tensors) {
+    validate_param_and_grad(validate, tensor.param, tensor.grad);
+    const std::int64_t block_count = ceil_divide(tensor.param.numel(), adamw8bit_block_size);
+    const auto validate_moment = [&](const TensorView& codes, const char* codes_name,
+                                     const TensorView& absmax, const char* absmax_name) {
+      validate.dtype(codes, codes_name, DType::uint8);
+      validate.numel(codes, codes_name, tensor.param.numel());
+      validate.dtype(absmax, absmax_name, DType::float32);
+      validate.numel(absmax, absmax_name, block_count);
+    };
+    validate_moment(tensor.exp_avg, "exp_avg", tensor.exp_avg_absmax, "exp_avg_absmax");
+    validate_moment(tensor.exp_avg_sq, "exp_avg_sq", tensor.exp_avg_sq_absmax, "exp_avg_sq_absmax");
+  }
+  backend_for(device).adamw8bit_step(tensors, step, context);
+}
+
+}  // namespace qlora

@@ -1,0 +1,241 @@
+// Picks the instruction set and splits each operation's range over threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <numeric>
+#include <string_view>
+#include <vector>
+
+#include "core/backend.h"
+#include "cpu/cpu_kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace qlora {
+namespace {
+
+/// Every compiled set that this processor can run, best last.
+std::vector<const CpuKernels*> attainable_kernels() { return {&scalar_kernels()}; }
+
+/// The best attainable set, or the one that QLORA_NATIVE_CPU_ISA names.
+const CpuKernels& choose_kernels() {
+  const auto attainable = attainable_kernels();
+  const char* const wanted = std::getenv("QLORA_NATIVE_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *attainable.back();
+  std::string names;
+  for (const CpuKernels* set : attainable) {
+    if (std::string_view(set->name) == wanted) return *set;
+    names.append(" ").append(set->name);
+  }
+  throw Unsupported(message("QLORA_NATIVE_CPU_ISA is '", wanted,
+                            "', but this build on this processor has:", names));
+}
+
+const CpuKernels& kernels() {
+  static const CpuKernels& chosen = choose_kernels();
+  return chosen;
+}
+
+NF4Bytes bytes_of(const NF4Weight& weight) {
+  const auto bytes = [](const TensorView& tensor) {
+    return tensor.is_present ? tensor.as<std::uint8_t>() : nullptr;
+  };
+  return {.codes = bytes(weight.codes),
+          .absmax = bytes(weight.absmax),
+          .nested_absmax = bytes(weight.nested_absmax),
+          .nested_offset = bytes(weight.nested_offset),
+          .n = weight.n,
+          .k = weight.k,
+          .block_size = weight.block_size};
+}
+
+/// A LoRA factor in fp32, rounded to the compute dtype once.
+std::vector<float> round_factor(const TensorView& factor, DType compute_dtype) {
+  std::vector<float> out(static_cast<std::size_t>(factor.numel()));
+  with_float_type(factor.dtype, [&]<typename F>(F) {
+    with_float_type(compute_dtype, [&]<typename T>(T) {
+      std::transform(factor.as<const F>(), factor.as<const F>() + factor.numel(), out.begin(),
+                     [](F value) { return round_through<T>(to_float(value)); });
+    });
+  });
+  return out;
+}
+
+// Least work worth a thread of its own, about 16 K elements: below that, waking it costs more.
+constexpr std::int64_t elements_per_grain = 16384;
+
+std::int64_t grain_for(std::int64_t elements_per_item) {
+  return std::max<std::int64_t>(1,
+                                elements_per_grain / std::max<std::int64_t>(1, elements_per_item));
+}
+
+class CpuBackend final : public Backend {
+ public:
+  const char* name() const override { return "CPU"; }
+
+  void nf4_quantize(const TensorView& w, const NF4Weight& weight,
+                    const ExecutionContext& context) const override {
+    const NF4Bytes out = bytes_of(weight);
+    const std::int64_t block_count = out.block_count();
+    const std::int64_t group_count = nf4_nested_block_count(block_count);
+    const std::int64_t grain = grain_for(nf4_blocks_per_nested_block * out.block_size);
+    std::vector<float> absmax(static_cast<std::size_t>(block_count));
+    std::vector<double> group_sums(static_cast<std::size_t>(group_count));
+
+    std::atomic<std::int64_t> first_bad_block{block_count};
+    parallel_for(context.num_threads, group_count, grain,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   const std::int64_t bad =
+                       kernels().nf4_quantize(w, out, absmax.data(), group_sums.data(), begin, end);
+                   if (bad < 0) return;
+                   std::int64_t known = first_bad_block;
+                   while (bad < known && !first_bad_block.compare_exchange_weak(known, bad)) {
+                   }
+                 });
+    const std::int64_t bad = first_bad_block;
+    check(bad == block_count, "nf4_quantize: w has a NaN or Inf in block ", bad, ", elements ",
+          bad * out.block_size, " to ",
+          std::min((bad + 1) * out.block_size, out.element_count()) - 1,
+          " of the flattened weight");
+
+    if (!out.is_nested()) {
+      std::copy_n(reinterpret_cast<const std::uint8_t*>(absmax.data()), 4 * block_count,
+                  out.absmax);
+      return;
+    }
+    const double sum = std::accumulate(group_sums.begin(), group_sums.end(), 0.0);
+    const float offset =
+        block_count > 0 ? static_cast<float>(sum / static_cast<double>(block_count)) : 0.0f;
+    store_float(out.nested_offset, 0, offset);
+    parallel_for(context.num_threads, group_count, grain_for(nf4_blocks_per_nested_block),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().nf4_quantize_scales(absmax.data(), offset, out, begin, end);
+                 });
+  }
+
+  void nf4_dequantize(const NF4Weight& weight, const TensorView& out,
+                      const ExecutionContext& context) const override {
+    const NF4Bytes bytes = bytes_of(weight);
+    parallel_for(context.num_threads, bytes.block_count(), grain_for(bytes.block_size),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().nf4_dequantize(bytes, out, begin, end);
+                 });
+  }
+
+  void nf4_dequantize_absmax(const NF4Weight& weight, const TensorView& out,
+                             const ExecutionContext&) const override {
+    const NF4Bytes bytes = bytes_of(weight);
+    for (std::int64_t b = 0; b < bytes.block_count(); ++b) out.as<float>()[b] = bytes.scale(b);
+  }
+
+  void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,
+                  const TensorView& y, const ExecutionContext& context) const override {
+    const NF4Bytes bytes = bytes_of(weight);
+    parallel_for(context.num_threads, bytes.n, grain_for(bytes.k),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().nf4_linear(x, bytes, bias, y, begin, end);
+                 });
+  }
+
+  void nf4_linear_grad_input(const TensorView& dy, const NF4Weight& weight, const TensorView& dx,
+                             const ExecutionContext& context) const override {
+    const NF4Bytes bytes = bytes_of(weight);
+    parallel_for(context.num_threads, bytes.k, std::max<std::int64_t>(64, grain_for(bytes.n)),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().nf4_linear_grad_input(dy, bytes, dx, begin, end);
+                 });
+  }
+
+  void lora_forward(const LoRAForward& arguments, const ExecutionContext& context) const override {
+    const auto factor_a = round_factor(arguments.lora_a, arguments.x.dtype);
+    const auto factor_b = round_factor(arguments.lora_b, arguments.x.dtype);
+    parallel_for(context.num_threads, arguments.x.shape[0], grain_for(arguments.lora_a.numel()),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().lora_forward(arguments, factor_a.data(), factor_b.data(), begin, end);
+                 });
+  }
+
+  void lora_backward(const LoRABackward& arguments,
+                     const ExecutionContext& context) const override {
+    const auto factor_a = round_factor(arguments.lora_a, arguments.x.dtype);
+    const auto factor_b = round_factor(arguments.lora_b, arguments.x.dtype);
+    std::vector<float> u(static_cast<std::size_t>(arguments.t.numel()));
+    parallel_for(context.num_threads, arguments.x.shape[0], grain_for(arguments.lora_b.numel()),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().lora_backward_input(arguments, factor_a.data(), factor_b.data(),
+                                                 u.data(), begin, end);
+                 });
+    const std::int64_t elements_per_column = arguments.t.numel();
+    parallel_for(context.num_threads, arguments.x.shape[1], grain_for(elements_per_column),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().lora_backward_a(arguments, u.data(), begin, end);
+                 });
+    parallel_for(context.num_threads, arguments.dy.shape[1], grain_for(elements_per_column),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().lora_backward_b(arguments, begin, end);
+                 });
+  }
+
+  void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
+               const ExecutionContext& context) const override {
+    const std::int64_t seed_value = *seed.as<const std::int64_t>();
+    parallel_for(context.num_threads, x.numel(), elements_per_grain,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().dropout(x, p, seed_value, out, begin, end);
+                 });
+  }
+
+  void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
+                  const ExecutionContext& context) const override {
+    const AdamWRule rule(step);
+    for_each_piece(tensors, elements_per_grain, context,
+                   [&](const AdamWTensor& tensor, std::int64_t begin, std::int64_t end) {
+                     kernels().adamw_step(tensor, rule, begin, end);
+                   });
+  }
+
+  void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
+                      const ExecutionContext& context) const override {
+    const AdamWRule rule(step);
+    for_each_piece(tensors, elements_per_grain, context,
+                   [&](const AdamW8bitTensor& tensor, std::int64_t begin, std::int64_t end) {
+                     kernels().adamw8bit_step(tensor, rule, begin / adamw8bit_block_size,
+                                              ceil_divide(end, adamw8bit_block_size));
+                   });
+  }
+
+ private:
+  /// Cuts a list of parameters of any sizes into pieces of `piece` elements, for one parallel_for over all of them.
+  template <typename Tensor, typename Function>
+  static void for_each_piece(std::span<const Tensor> tensors, std::int64_t piece,
+                             const ExecutionContext& context, Function&& function) {
+    std::vector<std::int64_t> first_piece{0};  // of each tensor, and the total
+    for (const Tensor& tensor : tensors) {
+      first_piece.push_back(first_piece.back() + ceil_divide(tensor.param.numel(), piece));
+    }
+    parallel_for(
+        context.num_threads, first_piece.back(), 1, [&](std::int64_t begin, std::int64_t end) {
+          auto next = std::upper_bound(first_piece.begin(), first_piece.end(), begin);
+          for (std::int64_t i = begin; i < end; ++i) {
+            while (*next <= i) ++next;
+            const auto index = static_cast<std::size_t>(next - first_piece.begin() - 1);
+            const std::int64_t first = (i - first_piece[index]) * piece;
+            function(tensors[index], first, std::min(first + piece, tensors[index].param.numel()));
+          }
+        });
+  }
+};
+
+}  // namespace
+
+const Backend& cpu_backend() {
+  static const CpuBackend backend;
+  return backend;
+}
+
+CpuInfo cpu_info() {
+  CpuInfo info{.sets = {}, .active_set = kernels().name};
+  for (const CpuKernels* set : attainable_kernels()) info.sets.emplace_back(set->name);
+  return info;
+}
+
+}  // namespace qlora

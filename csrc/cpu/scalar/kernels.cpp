@@ -1,0 +1,24 @@
+#include "cpu/scalar/kernels.h"
+
+namespace qlora {
+
+const CpuKernels& scalar_kernels() {
+  static constexpr CpuKernels kernels = {
+      .name = "scalar",
+      .nf4_quantize = scalar::nf4_quantize,
+      .nf4_quantize_scales = scalar::nf4_quantize_scales,
+      .nf4_dequantize = scalar::nf4_dequantize,
+      .nf4_linear = scalar::nf4_linear,
+      .nf4_linear_grad_input = scalar::nf4_linear_grad_input,
+      .lora_forward = scalar::lora_forward,
+      .lora_backward_input = scalar::lora_backward_input,
+      .lora_backward_a = scalar::lora_backward_a,
+      .lora_backward_b = scalar::lora_backward_b,
+      .dropout = scalar::dropout,
+      .adamw_step = scalar::adamw_step,
+      .adamw8bit_step = scalar::adamw8bit_step,
+  };
+  return kernels;
+}
+
+}  // namespace qlora

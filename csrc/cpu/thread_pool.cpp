@@ -1,0 +1,140 @@
+#include "cpu/thread_pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace qlora {
+namespace {
+
+using Body = std::function<void(std::int64_t, std::int64_t)>;
+
+/// One parallel_for: pieces are claimed by an atomic counter.
+class Job {
+ public:
+  Job(std::int64_t count, std::int64_t piece, const Body& body)
+      : count_(count), piece_(piece), body_(body) {}
+
+  void work() noexcept {
+    for (;;) {
+      const std::int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
+      if (begin >= count_) return;
+      try {
+        body_(begin, std::min(begin + piece_, count_));
+      } catch (...) {
+        const std::lock_guard lock(error_mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
+    }
+  }
+
+  void rethrow_error() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  const std::int64_t count_, piece_;
+  const Body& body_;
+  std::atomic<std::int64_t> next_{0};
+  std::mutex error_mutex_;
+  std::exception_ptr error_;
+};
+
+class ThreadPool {
+ public:
+  /// Runs `job` on the caller and up to `helper_count` helpers. False, with nothing done, if the pool is in use.
+  bool try_run(Job& job, int helper_count) {
+    const std::unique_lock in_use(in_use_, std::try_to_lock);
+    if (!in_use) return false;
+    grow(helper_count);
+    {
+      const std::lock_guard lock(mutex_);
+      job_ = &job;
+      wanted_helpers_ = helper_count;
+      active_helpers_ = helper_count;
+      ++generation_;
+    }
+    job_posted_.notify_all();
+    job.work();
+    std::unique_lock lock(mutex_);
+    job_done_.wait(lock, [&] { return active_helpers_ == 0; });
+    job_ = nullptr;
+    return true;
+  }
+
+ private:
+  void grow(int helper_count) {
+    while (static_cast<int>(helpers_.size()) < helper_count) {
+      const int index = static_cast<int>(helpers_.size());
+      helpers_.emplace_back([this, index, seen = generation_] { help(index, seen); });
+    }
+  }
+
+  void help(int index, std::uint64_t seen) {
+    for (;;) {
+      std::unique_lock lock(mutex_);
+      job_posted_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (index >= wanted_helpers_) continue;
+      Job* const job = job_;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--active_helpers_ == 0) job_done_.notify_one();
+    }
+  }
+
+  std::mutex in_use_;  // held for the length of a job
+  std::mutex mutex_;   // guards what follows
+  std::condition_variable job_posted_, job_done_;
+  Job* job_ = nullptr;
+  std::uint64_t generation_ = 0;
+  int wanted_helpers_ = 0;
+  int active_helpers_ = 0;
+  std::vector<std::thread> helpers_;
+};
+
+// Never destroyed: at exit helpers may still sleep in it, and after a fork the parent's copy must not be touched.
+ThreadPool* process_pool = nullptr;
+
+void start_fresh_pool() { process_pool = new ThreadPool; }
+
+ThreadPool& pool() {
+  static const bool is_started = [] {
+    start_fresh_pool();
+    pthread_atfork(nullptr, nullptr, start_fresh_pool);
+    return true;
+  }();
+  static_cast<void>(is_started);
+  return *process_pool;
+}
+
+thread_local bool is_inside_job = false;
+
+}  // namespace
+
+void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, const Body& body) {
+  if (count <= 0) return;
+  const std::int64_t grain_count = (count + grain - 1) / grain;
+  const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, grain_count));
+  if (threads <= 1 || is_inside_job) return body(0, count);
+
+  // A few pieces a thread even out threads of unequal speed.
+  constexpr std::int64_t pieces_per_thread = 4;
+  const std::int64_t piece_grains =
+      std::max<std::int64_t>(1, grain_count / (threads * pieces_per_thread));
+  Job job(count, piece_grains * grain, body);
+  is_inside_job = true;
+  const bool ran = pool().try_run(job, threads - 1);
+  is_inside_job = false;
+  if (!ran) job.work();
+  job.rethrow_error();
+}
+
+}  // namespace qlora

@@ -1,0 +1,14 @@
+// Linked instead of the CUDA backend in a build without CUDA.
+#include "core/backend.h"
+
+namespace qlora {
+
+const Backend& cuda_backend() {
+  throw Unsupported(
+      "this build of qlora_native has no CUDA backend; install a CUDA toolkit (nvcc 12.8 or newer) and "
+      "reinstall with --config-settings=cmake.define.QLORA_CUDA=ON");
+}
+
+CudaInfo cuda_info() { return {}; }
+
+}  // namespace qlora
