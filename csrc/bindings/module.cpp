@@ -8,7 +8,8 @@ namespace qlora {
 namespace {
 
 DType dtype_of(py::handle dtype) {
-  // str(dtype) is "torch.bfloat16"; the name after the dot is looked up once for each dtype object, which torch never frees.
+  // str(dtype) is "torch.bfloat16"; the name after the dot is looked up once for each dtype object,
+  // which torch never frees.
   static constexpr DType known[] = {DType::uint8, DType::int64, DType::float16, DType::bfloat16,
                                     DType::float32};
   static PyObject* objects[std::size(known)] = {};

@@ -1,4 +1,5 @@
-// What the register_*.cpp files share. Each binds one group of operations: convert, release the GIL, call, return.
+// What the register_*.cpp files share. Each binds one group of operations: convert, release the
+// GIL, call, return.
 #pragma once
 
 #include <pybind11/pybind11.h>

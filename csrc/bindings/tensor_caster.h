@@ -1,7 +1,9 @@
-// Converts a torch.Tensor to a TensorView by asking the object: torch is neither included nor linked.
+// Converts a torch.Tensor to a TensorView by asking the object: torch is neither included nor
+// linked.
 //
-// Read are `dtype`, `shape`, `is_cpu`, `is_cuda`, `get_device()`, `is_contiguous()` and `data_ptr()`. None becomes an absent
-// view. An NF4Weight comes as the tuple (codes, absmax, nested_absmax | None, nested_offset | None, n, k, block_size).
+// Read are `dtype`, `shape`, `is_cpu`, `is_cuda`, `get_device()`, `is_contiguous()` and
+// `data_ptr()`. None becomes an absent view. An NF4Weight comes as the tuple (codes, absmax,
+// nested_absmax | None, nested_offset | None, n, k, block_size).
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,5 @@
-// The AdamW update of one element (Loshchilov & Hutter 2019, algorithm 2), as torch.optim.AdamW orders its operations.
+// The AdamW update of one element (Loshchilov & Hutter 2019, algorithm 2), as torch.optim.AdamW
+// orders its operations.
 #pragma once
 
 #include <cmath>

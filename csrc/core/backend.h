@@ -1,4 +1,5 @@
-// What a backend implements: the operations of core/operations.h, called with arguments that have been validated.
+// What a backend implements: the operations of core/operations.h, called with arguments that have
+// been validated.
 #pragma once
 
 #include <string>
@@ -39,7 +40,8 @@ class Backend {
   [[noreturn]] void refuse(const char* operation) const;
 };
 
-/// The two backends; the folders cpu/ and cuda/ define them. cuda_backend throws Unsupported in a build without CUDA.
+/// The two backends; the folders cpu/ and cuda/ define them. cuda_backend throws Unsupported in a
+/// build without CUDA.
 const Backend& cpu_backend();
 const Backend& cuda_backend();
 

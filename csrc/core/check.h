@@ -1,4 +1,5 @@
-// Errors of the core. It throws and never prints or exits; the bindings turn each type into a Python exception.
+// Errors of the core. It throws and never prints or exits; the bindings turn each type into a
+// Python exception.
 #pragma once
 
 #include <sstream>
@@ -17,7 +18,8 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Device memory ran out: MemoryError in Python. (Host memory throws std::bad_alloc, which becomes the same.)
+/// Device memory ran out: MemoryError in Python. (Host memory throws std::bad_alloc, which becomes
+/// the same.)
 struct OutOfMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -1,13 +1,15 @@
 // START HERE: every operation of the library, its formula, shapes, dtypes and errors.
 //
-// Names: m tokens, n out_features, k in_features, r LoRA rank; x[m,k], w[n,k], y[m,n], lora_a[r,k], lora_b[n,r].
-// "float dtype" means float32, bfloat16 or float16. All tensors are contiguous and on one device. Sizes are int64; a
-// size of 0 is allowed and does nothing.
+// Names: m tokens, n out_features, k in_features, r LoRA rank; x[m,k], w[n,k], y[m,n], lora_a[r,k],
+// lora_b[n,r]. "float dtype" means float32, bfloat16 or float16. All tensors are contiguous and on
+// one device. Sizes are int64; a size of 0 is allowed and does nothing.
 //
-// One numerical contract: y = x · dequantize(W, dtype of x)ᵀ, products and sums in fp32, one rounding at the end.
+// One numerical contract: y = x · dequantize(W, dtype of x)ᵀ, products and sums in fp32, one
+// rounding at the end.
 //
 // Errors, all thrown before an output is touched (but for what a comment says otherwise):
-//   InvalidArgument  a shape, dtype, device or number is wrong; the message names the operation and the argument
+//   InvalidArgument  a shape, dtype, device or number is wrong; the message names the operation and
+//   the argument
 //   Unsupported      right, but not in this build or on this device
 //   OutOfMemory, CudaError
 #pragma once
@@ -20,14 +22,15 @@
 
 namespace qlora {
 
-/// Where and how wide an operation runs. CPU operations use up to `num_threads` threads and return when they are done;
-/// CUDA operations are queued on `stream` (a cudaStream_t).
+/// Where and how wide an operation runs. CPU operations use up to `num_threads` threads and return
+/// when they are done; CUDA operations are queued on `stream` (a cudaStream_t).
 struct ExecutionContext {
   int num_threads = 1;
   void* stream = nullptr;
 };
 
-/// An NF4 weight [n, k]: uint8 tensors of any shape with the right number of bytes (see format/nf4_layout.h).
+/// An NF4 weight [n, k]: uint8 tensors of any shape with the right number of bytes (see
+/// format/nf4_layout.h).
 struct NF4Weight {
   TensorView codes;          // ceil(n * k / 2) bytes
   TensorView absmax;         // nested: 1 byte a block; plain: 4 bytes a block (fp32)
@@ -40,20 +43,24 @@ struct NF4Weight {
   bool is_nested() const { return nested_absmax.is_present; }
 };
 
-// ---- codec ---------------------------------------------------------------------------------------------------------
+// ---- codec
+// ---------------------------------------------------------------------------------------------------------
 
 /// Quantises w[n,k] (float dtype) into `out`, whose tensors hold the right sizes already.
 ///
-///   absmax_b = max |w_e| over block b;   code_e = nearest NF4 level to w_e * (1 / absmax_b), a tie goes down
-///   a block of zeros gets code 7
-///   nested: offset = mean(absmax), summed in fp64 by runs of 256 in index order, then over the runs, rounded once;
-///           (absmax - offset) in blocks of 256 to the nearest entry of the signed dynamic map
+///   absmax_b = max |w_e| over block b;   code_e = nearest NF4 level to w_e * (1 / absmax_b), a tie
+///   goes down a block of zeros gets code 7
+///   nested: offset = mean(absmax), summed in fp64 by runs of 256 in index order, then over the
+///   runs, rounded once; (absmax - offset) in blocks of 256 to the nearest entry of the signed
+///   dynamic map
 ///
-/// The bits are the same on every device and instruction set. A NaN or Inf is an InvalidArgument that names the first such
-/// block; `out` then holds unspecified bytes. On CUDA this operation waits for the stream to learn of it.
+/// The bits are the same on every device and instruction set. A NaN or Inf is an InvalidArgument
+/// that names the first such block; `out` then holds unspecified bytes. On CUDA this operation
+/// waits for the stream to learn of it.
 void nf4_quantize(const TensorView& w, const NF4Weight& out, const ExecutionContext& context);
 
-/// out_e = level[code_e] * absmax_b in fp32, rounded once to the float dtype of `out` (n * k elements).
+/// out_e = level[code_e] * absmax_b in fp32, rounded once to the float dtype of `out` (n * k
+/// elements).
 void nf4_dequantize(const NF4Weight& weight, const TensorView& out,
                     const ExecutionContext& context);
 
@@ -61,24 +68,28 @@ void nf4_dequantize(const NF4Weight& weight, const TensorView& out,
 void nf4_dequantize_absmax(const NF4Weight& weight, const TensorView& out,
                            const ExecutionContext& context);
 
-// ---- linear --------------------------------------------------------------------------------------------------------
+// ---- linear
+// --------------------------------------------------------------------------------------------------------
 
 /// y[m,n] = x[m,k] · Wᵀ + bias[n]. x, y and bias share one float dtype; `bias` may be absent.
 void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,
                 const TensorView& y, const ExecutionContext& context);
 
-/// dx[m,k] = dy[m,n] · W, the gradient of nf4_linear with respect to x. dx and dy share one float dtype.
+/// dx[m,k] = dy[m,n] · W, the gradient of nf4_linear with respect to x. dx and dy share one float
+/// dtype.
 void nf4_linear_grad_input(const TensorView& dy, const NF4Weight& weight, const TensorView& dx,
                            const ExecutionContext& context);
 
-// ---- LoRA ----------------------------------------------------------------------------------------------------------
+// ---- LoRA
+// ----------------------------------------------------------------------------------------------------------
 
 /// Adds a low-rank update to y (Hu et al. 2021, section 4.1):
 ///
 ///   t[m,r] = x[m,k] · Aᵀ,  rounded to the dtype of x        (kept for backward)
 ///   y[m,n] += scaling * t · Bᵀ
 ///
-/// x, t and y share one float dtype, lora_a[r,k] and lora_b[n,r] another: the factors are rounded to the dtype of x first.
+/// x, t and y share one float dtype, lora_a[r,k] and lora_b[n,r] another: the factors are rounded
+/// to the dtype of x first.
 struct LoRAForward {
   TensorView x, lora_a, lora_b;
   float scaling = 1.0f;
@@ -91,7 +102,8 @@ void lora_forward(const LoRAForward& arguments, const ExecutionContext& context)
 ///   u[m,r] = scaling * dy[m,n] · B,  rounded to the dtype of x
 ///   grad_b[n,r] = scaling * dyᵀ · t;   grad_a[r,k] = uᵀ · x;   dx[m,k] += u · A
 ///
-/// grad_a and grad_b have the dtype of lora_a and lora_b and are rounded once, from fp32 sums. `dx` may be absent.
+/// grad_a and grad_b have the dtype of lora_a and lora_b and are rounded once, from fp32 sums. `dx`
+/// may be absent.
 struct LoRABackward {
   TensorView dy, x, t, lora_a, lora_b;
   float scaling = 1.0f;
@@ -102,14 +114,16 @@ void lora_backward(const LoRABackward& arguments, const ExecutionContext& contex
 
 /// out_e = x_e / (1 - p) with probability 1 - p, else 0, for 0 <= p < 1. `out` may be x.
 ///
-/// The mask is a function of `seed` (int64, one element) and e alone (core/philox.h): applied to a gradient with the same
-/// seed this is its own backward, so no mask is stored.
+/// The mask is a function of `seed` (int64, one element) and e alone (core/philox.h): applied to a
+/// gradient with the same seed this is its own backward, so no mask is stored.
 void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
              const ExecutionContext& context);
 
-// ---- AdamW ---------------------------------------------------------------------------------------------------------
+// ---- AdamW
+// ---------------------------------------------------------------------------------------------------------
 
-/// One parameter and its 32-bit state. param and grad: a float dtype each; the moments: float32; all of one size.
+/// One parameter and its 32-bit state. param and grad: a float dtype each; the moments: float32;
+/// all of one size.
 struct AdamWTensor {
   TensorView param, grad, exp_avg, exp_avg_sq;
 };
@@ -118,14 +132,15 @@ struct AdamWTensor {
 void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
                 const ExecutionContext& context);
 
-/// One parameter and its 8-bit state: codes of a dynamic map (first moment signed, second unsigned), uint8, one an
-/// element, and one fp32 absmax for each block of 256 (the last may be short).
+/// One parameter and its 8-bit state: codes of a dynamic map (first moment signed, second
+/// unsigned), uint8, one an element, and one fp32 absmax for each block of 256 (the last may be
+/// short).
 struct AdamW8bitTensor {
   TensorView param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax;
 };
 
-/// adamw_step on 8-bit block-wise state: a block is decoded, stepped in fp32, and encoded again. The parameter sees the
-/// moments before they are encoded.
+/// adamw_step on 8-bit block-wise state: a block is decoded, stepped in fp32, and encoded again.
+/// The parameter sees the moments before they are encoded.
 void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
                     const ExecutionContext& context);
 

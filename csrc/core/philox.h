@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"): random words as a pure function of a
-// key and a counter, so that a dropout mask need not be stored.
+// Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"): random words
+// as a pure function of a key and a counter, so that a dropout mask need not be stored.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,8 @@ QLORA_HOST_DEVICE constexpr PhiloxWords philox4x32(PhiloxWords counter, std::uin
   return counter;
 }
 
-/// Dropout's decisions: element e uses word e mod 4 of counter e / 4 and is kept if the word is at least p * 2^32.
+/// Dropout's decisions: element e uses word e mod 4 of counter e / 4 and is kept if the word is at
+/// least p * 2^32.
 struct DropoutMask {
   std::uint64_t seed;
   std::uint64_t drop_below;  // p * 2^32

@@ -75,7 +75,8 @@ inline std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
   return stream << ']';
 }
 
-/// Row-major, contiguous memory. An absent optional tensor is a TensorView with `is_present == false`.
+/// Row-major, contiguous memory. An absent optional tensor is a TensorView with `is_present ==
+/// false`.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -92,7 +93,8 @@ struct TensorView {
   }
 };
 
-/// Calls `function` with a value of the C++ type of a floating-point dtype: the one place that maps the two.
+/// Calls `function` with a value of the C++ type of a floating-point dtype: the one place that maps
+/// the two.
 template <typename Function>
 decltype(auto) with_float_type(DType dtype, Function&& function) {
   switch (dtype) {

@@ -1,4 +1,5 @@
-// The checks that operations.cpp is made of. Each throws InvalidArgument naming the operation and the argument.
+// The checks that operations.cpp is made of. Each throws InvalidArgument naming the operation and
+// the argument.
 #pragma once
 
 #include "core/operations.h"

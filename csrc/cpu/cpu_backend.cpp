@@ -204,7 +204,8 @@ class CpuBackend final : public Backend {
   }
 
  private:
-  /// Cuts a list of parameters of any sizes into pieces of `piece` elements, for one parallel_for over all of them.
+  /// Cuts a list of parameters of any sizes into pieces of `piece` elements, for one parallel_for
+  /// over all of them.
   template <typename Tensor, typename Function>
   static void for_each_piece(std::span<const Tensor> tensors, std::int64_t piece,
                              const ExecutionContext& context, Function&& function) {

@@ -1,5 +1,6 @@
-// The kernels that every instruction set provides. Each does a range of an operation's work, named by its last two
-// arguments, on one thread; cpu_backend.cpp splits the ranges over threads. scalar/ is the specification of the others.
+// The kernels that every instruction set provides. Each does a range of an operation's work, named
+// by its last two arguments, on one thread; cpu_backend.cpp splits the ranges over threads. scalar/
+// is the specification of the others.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@ struct CpuKernels {
 
   // -- codec. A "group" is 256 blocks, the unit of nested scales.
 
-  /// Writes codes and fp32 scales (`absmax`, one a block) of groups [begin, end) and each group's fp64 sum of scales.
-  /// Returns the first block that holds a NaN or Inf, or -1.
+  /// Writes codes and fp32 scales (`absmax`, one a block) of groups [begin, end) and each group's
+  /// fp64 sum of scales. Returns the first block that holds a NaN or Inf, or -1.
   std::int64_t (*nf4_quantize)(const TensorView& w, const NF4Bytes& out, float* absmax,
                                double* group_sums, std::int64_t begin, std::int64_t end);
   /// Writes nested scale codes and nested_absmax of groups [begin, end).
@@ -34,7 +35,8 @@ struct CpuKernels {
   void (*nf4_linear_grad_input)(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
                                 std::int64_t begin, std::int64_t end);
 
-  // -- LoRA. `factor_a`[r,k] and `factor_b`[n,r] are fp32 copies, rounded to the dtype of x already.
+  // -- LoRA. `factor_a`[r,k] and `factor_b`[n,r] are fp32 copies, rounded to the dtype of x
+  // already.
 
   /// Rows [begin, end) of t and y.
   void (*lora_forward)(const LoRAForward& arguments, const float* factor_a, const float* factor_b,

@@ -48,7 +48,8 @@ class Job {
 
 class ThreadPool {
  public:
-  /// Runs `job` on the caller and up to `helper_count` helpers. False, with nothing done, if the pool is in use.
+  /// Runs `job` on the caller and up to `helper_count` helpers. False, with nothing done, if the
+  /// pool is in use.
   bool try_run(Job& job, int helper_count) {
     const std::unique_lock in_use(in_use_, std::try_to_lock);
     if (!in_use) return false;
@@ -100,7 +101,8 @@ class ThreadPool {
   std::vector<std::thread> helpers_;
 };
 
-// Never destroyed: at exit helpers may still sleep in it, and after a fork the parent's copy must not be touched.
+// Never destroyed: at exit helpers may still sleep in it, and after a fork the parent's copy must
+// not be touched.
 ThreadPool* process_pool = nullptr;
 
 void start_fresh_pool() { process_pool = new ThreadPool; }

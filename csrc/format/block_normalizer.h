@@ -9,7 +9,8 @@ namespace qlora {
 
 /// x -> x / absmax, by the format's rule `x * (1 / absmax)` with both operations in fp32.
 ///
-/// Where the reciprocal of a subnormal absmax overflows, that rule would turn zeros into NaN: such a block divides instead.
+/// Where the reciprocal of a subnormal absmax overflows, that rule would turn zeros into NaN: such
+/// a block divides instead.
 class BlockNormalizer {
  public:
   QLORA_HOST_DEVICE constexpr explicit BlockNormalizer(float absmax)

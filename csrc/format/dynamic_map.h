@@ -1,8 +1,10 @@
-// The 8-bit dynamic maps of block-wise quantisation (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
-// section 2.2): the signed one holds nested NF4 scales and first moments, the unsigned one second moments.
+// The 8-bit dynamic maps of block-wise quantisation (Dettmers et al. 2022, "8-bit Optimizers via
+// Block-wise Quantization", section 2.2): the signed one holds nested NF4 scales and first moments,
+// the unsigned one second moments.
 //
-// A map is 256 ascending fp32 values, denser near zero. Decade i of 7 holds the midpoints of an even division of
-// [0.1, 1], times 10^(i-6): 2^i of them with both signs (signed), or 2^(i+1) (unsigned). Zero and 1.0 are added.
+// A map is 256 ascending fp32 values, denser near zero. Decade i of 7 holds the midpoints of an
+// even division of [0.1, 1], times 10^(i-6): 2^i of them with both signs (signed), or 2^(i+1)
+// (unsigned). Zero and 1.0 are added.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +26,8 @@ namespace detail {
 constexpr float linspace_tenth_to_one(int i, int count) {
   const float start = 0.1f, end = 1.0f;
   const float step = (end - start) / static_cast<float>(count - 1);
-  // The product and the sum are rounded once, as by a fused multiply-add; in fp64 the product is exact.
+  // The product and the sum are rounded once, as by a fused multiply-add; in fp64 the product is
+  // exact.
   if (i < count / 2) {
     return static_cast<float>(static_cast<double>(start) + static_cast<double>(step) * i);
   }

@@ -1,4 +1,5 @@
-// The two 16-bit floating-point types as bits, with conversions that round to nearest even, on host and device.
+// The two 16-bit floating-point types as bits, with conversions that round to nearest even, on host
+// and device.
 #pragma once
 
 #include <bit>
@@ -30,7 +31,8 @@ QLORA_HOST_DEVICE constexpr float to_float(Float16 x) {
   if (magnitude >= 0x7c00u) {  // Inf or NaN: the exponent field becomes all ones
     return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
   }
-  // Shifted into place the exponent is 112 too small; the exact product by 2^112 mends normal and subnormal alike.
+  // Shifted into place the exponent is 112 too small; the exact product by 2^112 mends normal and
+  // subnormal alike.
   const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | sign);
 }
@@ -60,7 +62,8 @@ QLORA_HOST_DEVICE constexpr Float16 from_float<Float16>(float x) {
   if (magnitude >= 0x477ff000u)
     return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // 65520 and up
   if (magnitude < 0x38800000u) {
-    // Below 2^-14: adding 0.5 lines the result's last bit (2^-24) up with the sum's, which rounds to even for us.
+    // Below 2^-14: adding 0.5 lines the result's last bit (2^-24) up with the sum's, which rounds
+    // to even for us.
     const float aligned = std::bit_cast<float>(magnitude) + 0.5f;
     return {
         static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(aligned) - 0x3f000000u))};

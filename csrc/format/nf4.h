@@ -1,7 +1,9 @@
-// NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3 and appendix E): the only copy of its numbers.
+// NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3 and appendix E): the only
+// copy of its numbers.
 //
-// A weight block is stored as its absolute maximum and, for each element, the code of the level nearest to
-// element / absmax. The levels are the quantiles of a standard normal, scaled to [-1, 1], with an exact zero.
+// A weight block is stored as its absolute maximum and, for each element, the code of the level
+// nearest to element / absmax. The levels are the quantiles of a standard normal, scaled to [-1,
+// 1], with an exact zero.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +43,8 @@ QLORA_HOST_DEVICE constexpr float nf4_threshold(int i) {
   return (nf4_level(i) + nf4_level(i + 1)) / 2.0f;
 }
 
-/// The code whose level is nearest to `x`, which is in units of absmax; a tie goes to the lower code.
+/// The code whose level is nearest to `x`, which is in units of absmax; a tie goes to the lower
+/// code.
 QLORA_HOST_DEVICE constexpr std::uint8_t nf4_encode(float x) {
   int code = 0;  // a binary search: four comparisons find the number of thresholds below x
   for (int step = 8; step > 0; step /= 2) {

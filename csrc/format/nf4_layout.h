@@ -1,11 +1,13 @@
-// Where the bytes of an NF4 weight are: nibbles, blocks, scales and nested scales. They are bitsandbytes' bytes.
+// Where the bytes of an NF4 weight are: nibbles, blocks, scales and nested scales. They are
+// bitsandbytes' bytes.
 //
-// A weight [n, k] is flattened row-major and cut into blocks of `block_size` elements; a block may straddle rows and the
-// last one may be short. Element e is a nibble:
+// A weight [n, k] is flattened row-major and cut into blocks of `block_size` elements; a block may
+// straddle rows and the last one may be short. Element e is a nibble:
 //
 //   byte      0         1         2      ...
 //           +----+----+----+----+----+----+
-//   codes   | e0 | e1 | e2 | e3 | e4 | e5 |  ...     even element: high nibble, odd element: low nibble
+//   codes   | e0 | e1 | e2 | e3 | e4 | e5 |  ...     even element: high nibble, odd element: low
+//   nibble
 //           +----+----+----+----+----+----+          an odd count leaves the last low nibble 0
 //
 //   plain scales       absmax         fp32 a block
@@ -13,9 +15,11 @@
 //                      nested_absmax  fp32 for 256 blocks
 //                      nested_offset  fp32 for the weight: the mean of all absmax
 //
-//   absmax[b] = map[q[b]] * nested_absmax[b / 256] + nested_offset          the product is rounded before the sum
+//   absmax[b] = map[q[b]] * nested_absmax[b / 256] + nested_offset          the product is rounded
+//   before the sum
 //
-// Bytes a weight at block 64: 1/2 + 1/64 + 4/(64 * 256) = 0.5159 (4.127 bits) nested, 0.5625 (4.5 bits) plain.
+// Bytes a weight at block 64: 1/2 + 1/64 + 4/(64 * 256) = 0.5159 (4.127 bits) nested, 0.5625 (4.5
+// bits) plain.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,33 @@
+"""QLoRA, natively: a frozen base in 4-bit NF4, LoRA matrices beside it, and a paged optimiser."""
+
+from qlora_native._core import build_info
+from qlora_native.nf4_weight import NF4Weight, nf4_dequantize, nf4_quantize
+from qlora_native.nn import (
+    LoRALinear,
+    NF4Linear,
+    add_lora,
+    count_parameters,
+    merge_lora,
+    print_trainable_parameters,
+    quantize_model,
+)
+from qlora_native.optim import PagedAdamW, PagedAdamW8bit
+
+__version__: str = build_info()["version"]
+
+__all__ = [
+    "LoRALinear",
+    "NF4Linear",
+    "NF4Weight",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "__version__",
+    "add_lora",
+    "build_info",
+    "count_parameters",
+    "merge_lora",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "print_trainable_parameters",
+    "quantize_model",
+]

@@ -19,7 +19,8 @@ void decode_moment(const DynamicMap& map, const std::uint8_t* codes, float absma
   for (std::int64_t i = 0; i < count; ++i) moment[i] = map.decode(codes[i]) * absmax;
 }
 
-/// Writes codes and returns their absmax. NaN or Inf stays in this block: its absmax becomes NaN or Inf.
+/// Writes codes and returns their absmax. NaN or Inf stays in this block: its absmax becomes NaN or
+/// Inf.
 float encode_moment(const DynamicMap& map, std::uint8_t zero_code, const float* moment,
                     std::int64_t count, std::uint8_t* codes) {
   const float absmax = absolute_maximum(moment, count);

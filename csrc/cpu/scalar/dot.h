@@ -5,7 +5,8 @@
 
 namespace qlora::scalar {
 
-/// Σ a_i b_i in 16 interleaved partial sums, then their sum: independent chains for speed, and less rounding than one.
+/// Σ a_i b_i in 16 interleaved partial sums, then their sum: independent chains for speed, and less
+/// rounding than one.
 inline float dot(const float* a, const float* b, std::int64_t count) {
   constexpr std::int64_t lanes = 16;
   float partial[lanes] = {};

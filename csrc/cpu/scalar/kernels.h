@@ -1,4 +1,5 @@
-// The scalar kernels, one file for each group: plain C++ for any processor, and the specification of every other set.
+// The scalar kernels, one file for each group: plain C++ for any processor, and the specification
+// of every other set.
 #pragma once
 
 #include "cpu/cpu_kernels.h"

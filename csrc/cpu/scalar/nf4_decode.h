@@ -19,7 +19,8 @@ std::array<T, nf4_level_count> make_decode_table(float scale) {
   return table;
 }
 
-/// Calls `store(i, value)` with the decoded value, as T, of each element begin + i of the flattened weight, for i < count.
+/// Calls `store(i, value)` with the decoded value, as T, of each element begin + i of the flattened
+/// weight, for i < count.
 template <typename T, typename Store>
 void decode_elements(const NF4Bytes& weight, std::int64_t begin, std::int64_t count,
                      Store&& store) {

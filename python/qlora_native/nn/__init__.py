@@ -1,0 +1,21 @@
+"""Layers on a 4-bit base, and the functions that put them into a model."""
+
+from qlora_native.nn.lora_linear import LoRALinear
+from qlora_native.nn.model import (
+    add_lora,
+    count_parameters,
+    merge_lora,
+    print_trainable_parameters,
+    quantize_model,
+)
+from qlora_native.nn.nf4_linear import NF4Linear
+
+__all__ = [
+    "LoRALinear",
+    "NF4Linear",
+    "add_lora",
+    "count_parameters",
+    "merge_lora",
+    "print_trainable_parameters",
+    "quantize_model",
+]

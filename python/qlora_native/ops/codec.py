@@ -1,0 +1,100 @@
+"""Quantise and dequantise: `torch.ops.qlora_native.nf4_quantize` and `.nf4_dequantize`."""
+
+import torch
+from torch import Tensor
+
+from qlora_native import _core
+from qlora_native.ops.doors import needs_dispatcher
+from qlora_native.ops.storage import (
+    FLOAT_DTYPES,
+    NF4Tensors,
+    check_block_size,
+    empty_nf4_tensors,
+    execution,
+)
+
+
+def quantize(w: Tensor, block_size: int, double_quant: bool) -> NF4Tensors:
+    """Quantise `w`, whose last dimension is k and the product of the others n."""
+    check_block_size("nf4_quantize", block_size)
+    if w.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"nf4_quantize: w is {w.dtype}, want float32, bfloat16 or float16")
+    if w.dim() == 0:
+        raise ValueError("nf4_quantize: w has no dimensions, want at least 1")
+    k = w.shape[-1]
+    n = w.numel() // k if k else 0
+    w = w.detach()
+    if needs_dispatcher(w):
+        parts = torch.ops.qlora_native.nf4_quantize(w, n, k, block_size, double_quant)
+        codes, absmax, nested_absmax, nested_offset = (*parts, None, None)[:4]
+        return NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
+    return _quantize(w, n, k, block_size, double_quant)
+
+
+def _quantize(w: Tensor, n: int, k: int, block_size: int, double_quant: bool) -> NF4Tensors:
+    out = empty_nf4_tensors(n, k, block_size, double_quant, w.device)
+    _core.nf4_quantize(w.contiguous(), out, *execution(w))
+    return out
+
+
+def dequantize(weight: NF4Tensors, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The dense weight `[n, k]` in `dtype`, or in `out` (contiguous, n * k elements)."""
+    if out is None and needs_dispatcher(weight.codes):
+        return torch.ops.qlora_native.nf4_dequantize(*weight, dtype)
+    return _dequantize(weight, dtype, out)
+
+
+def _dequantize(weight: NF4Tensors, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.codes.device)
+    _core.nf4_dequantize(weight, out, *execution(out))
+    return out
+
+
+def dequantize_absmax(weight: NF4Tensors) -> Tensor:
+    """The scale of every block in fp32, `[blocks]`."""
+    out = torch.empty(weight.absmax.shape[0], dtype=torch.float32, device=weight.codes.device)
+    _core.nf4_dequantize_absmax(weight, out, *execution(out))
+    return out
+
+
+@torch.library.custom_op("qlora_native::nf4_quantize", mutates_args=())
+def _nf4_quantize_op(
+    w: Tensor, n: int, k: int, block_size: int, double_quant: bool
+) -> list[Tensor]:
+    return [part for part in _quantize(w, n, k, block_size, double_quant)[:4] if part is not None]
+
+
+@_nf4_quantize_op.register_fake
+def _(w: Tensor, n: int, k: int, block_size: int, double_quant: bool) -> list[Tensor]:
+    out = empty_nf4_tensors(n, k, block_size, double_quant, w.device)
+    return [part for part in out[:4] if part is not None]
+
+
+@torch.library.custom_op("qlora_native::nf4_dequantize", mutates_args=())
+def _nf4_dequantize_op(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    n: int,
+    k: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
+    return _dequantize(weight, dtype)
+
+
+@_nf4_dequantize_op.register_fake
+def _(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    n: int,
+    k: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((n, k), dtype=dtype)

@@ -1,0 +1,172 @@
+"""y = x · dequantize(W)ᵀ + bias: `torch.ops.qlora_native.nf4_linear` and its input gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from qlora_native.ops.base_product import base_forward, base_grad_input
+from qlora_native.ops.doors import needs_dispatcher
+from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors
+
+
+def nf4_linear(x: Tensor, weight: NF4Tensors, bias: Tensor | None = None) -> Tensor:
+    """y[..., n] = x[..., k] · dequantize(W, x.dtype)ᵀ + bias[n].
+
+    Sums are in fp32 and rounded once to x.dtype.
+
+    x and bias are float32, bfloat16 or float16, on the weight's device. Gradients flow to x and
+    bias, twice where asked. Raises ValueError where shapes, dtypes or devices do not fit.
+    """
+    check_input("nf4_linear", x, weight.k, weight.codes.device)
+    check_bias("nf4_linear", x, bias, weight.n)
+    if needs_dispatcher(x, weight.codes, bias):
+        return torch.ops.qlora_native.nf4_linear(x, bias, *weight)
+    return _NF4Linear.apply(x, bias, *weight)
+
+
+def nf4_linear_grad_input(dy: Tensor, weight: NF4Tensors) -> Tensor:
+    """dx[..., k] = dy[..., n] · dequantize(W, dy.dtype): the gradient of nf4_linear in x."""
+    if needs_dispatcher(dy, weight.codes):
+        return torch.ops.qlora_native.nf4_linear_grad_input(dy, *weight)
+    return _NF4LinearGradInput.apply(dy, *weight)
+
+
+def check_input(operation: str, x: Tensor, k: int, device: torch.device) -> None:
+    """Raise ValueError unless x is a float tensor [..., k] on `device`."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{operation}: x is {x.dtype}, want float32, bfloat16 or float16")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"{operation}: x has shape {list(x.shape)}, w has k={k}: want [..., {k}]")
+    if x.device != device:
+        raise ValueError(f"{operation}: x is on {x.device}, the weight is on {device}")
+
+
+def check_bias(operation: str, x: Tensor, bias: Tensor | None, n: int) -> None:
+    """Raise ValueError unless bias is absent or fits y[..., n]."""
+    if bias is not None and (
+        bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device
+    ):
+        raise ValueError(
+            f"{operation}: bias is {bias.dtype} {list(bias.shape)} on {bias.device}, "
+            f"want {x.dtype} [{n}] on {x.device}"
+        )
+
+
+def forward(x: Tensor, bias: Tensor | None, weight: NF4Tensors) -> Tensor:
+    """nf4_linear of x of any rank, without autograd."""
+    y = base_forward(x.reshape(-1, weight.k), weight, bias)
+    return y.view(*x.shape[:-1], weight.n)
+
+
+def grad_input(dy: Tensor, weight: NF4Tensors) -> Tensor:
+    """The gradient of nf4_linear with respect to x, without autograd."""
+    dx = base_grad_input(dy.reshape(-1, weight.n), weight)
+    return dx.view(*dy.shape[:-1], weight.k)
+
+
+def grad_bias(dy: Tensor) -> Tensor:
+    """Sum over all but the last dimension in fp32, rounded to dy.dtype."""
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(dy.dtype)
+
+
+# nf4_linear is linear in x and its gradient linear in dy, each with the other as its derivative:
+# that makes gradients of every order right. The arguments after the first are the weight's, as
+# NF4Tensors lists them.
+
+
+class _NF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+        _save_weight(ctx, weight)
+        return forward(x, bias, NF4Tensors(*weight))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy)
+
+
+class _NF4LinearGradInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, *weight: Any) -> Tensor:
+        _save_weight(ctx, weight)
+        return grad_input(dy, NF4Tensors(*weight))
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients_of_grad_input(ctx, ddx)
+
+
+def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*weight[:4])
+    ctx.sizes = weight[4:]
+
+
+def _saved_weight(ctx: Any) -> NF4Tensors:
+    return NF4Tensors(*ctx.saved_tensors, *ctx.sizes)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of nf4_linear's 9 arguments: x and bias have one."""
+    dx = nf4_linear_grad_input(dy, _saved_weight(ctx)) if ctx.needs_input_grad[0] else None
+    return dx, grad_bias(dy) if ctx.needs_input_grad[1] else None, *(None,) * 7
+
+
+def _gradients_of_grad_input(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    return nf4_linear(ddx, _saved_weight(ctx)), *(None,) * 7
+
+
+@torch.library.custom_op("qlora_native::nf4_linear", mutates_args=())
+def _nf4_linear_op(
+    x: Tensor,
+    bias: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    n: int,
+    k: int,
+    block_size: int,
+) -> Tensor:
+    weight = NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
+    return forward(x, bias, weight)
+
+
+@torch.library.custom_op("qlora_native::nf4_linear_grad_input", mutates_args=())
+def _nf4_linear_grad_input_op(
+    dy: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    n: int,
+    k: int,
+    block_size: int,
+) -> Tensor:
+    weight = NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
+    return grad_input(dy, weight)
+
+
+@_nf4_linear_op.register_fake
+def _(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], NF4Tensors(*weight).n)
+
+
+@_nf4_linear_grad_input_op.register_fake
+def _(dy: Tensor, *weight: Any) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], NF4Tensors(*weight).k)
+
+
+def _setup_linear(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_weight(ctx, inputs[2:])
+
+
+def _setup_grad_input(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_weight(ctx, inputs[1:])
+
+
+_nf4_linear_op.register_autograd(_gradients, setup_context=_setup_linear)
+_nf4_linear_grad_input_op.register_autograd(
+    _gradients_of_grad_input, setup_context=_setup_grad_input
+)

@@ -1,0 +1,346 @@
+"""A frozen base and its LoRA update as one autograd node: `torch.ops.qlora_native.lora_linear`."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from qlora_native import _core
+from qlora_native.ops.base_product import (
+    BaseWeight,
+    autocast_disabled,
+    base_forward,
+    base_grad_input,
+    prefers_native,
+)
+from qlora_native.ops.doors import needs_dispatcher
+from qlora_native.ops.linear import (
+    check_bias,
+    check_input,
+    grad_bias,
+    nf4_linear_grad_input,
+)
+from qlora_native.ops.storage import NF4Tensors, execution
+
+
+class LoRAFactors(NamedTuple):
+    """The trained part: `lora_a[r, k]`, `lora_b[n, r]`, and what is applied with them."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    seed: Tensor | None  # of the dropout mask, int64 [1]; None: no dropout
+    scaling: float
+    p: float  # dropout probability
+
+
+def lora_linear(
+    x: Tensor,
+    weight: BaseWeight,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y[..., n] = x · Wᵀ + bias + scaling · (dropout(x) · Aᵀ) · Bᵀ (Hu et al. 2021, section 4.1).
+
+    Args:
+        x: `[..., k]`, float32, bfloat16 or float16; its dtype is the compute dtype.
+        weight: the frozen base: NF4, or a dense `[n, k]` of x's dtype that does not require a
+            gradient.
+        bias: `[n]` of x's dtype, or None.
+        lora_a: `[r, k]`, any float dtype; rounded to x's dtype once a call, its gradient is in its
+            own.
+        lora_b: `[n, r]`, likewise.
+        scaling: the factor of the update, alpha / r as a rule.
+        p: the probability with which an element of x is dropped before A, 0 <= p < 1.
+        seed: int64 `[1]` on x's device; together with an element's index it decides what is
+            dropped. None: nothing is.
+
+    One autograd node that saves x and x · Aᵀ; gradients of every order are right. Raises ValueError
+    where shapes, dtypes or devices do not fit.
+    """
+    if isinstance(weight, NF4Tensors):
+        n, k, device = weight.n, weight.k, weight.codes.device
+        base: tuple[Any, ...] = weight
+    else:
+        (n, k), device = weight.shape, weight.device
+        base = (weight, None, None, None, n, k, 0)
+        _check_dense_base(weight, x)
+    check_input("lora_linear", x, k, device)
+    check_bias("lora_linear", x, bias, n)
+    r = lora_a.shape[0]
+    if lora_a.shape != (r, k) or lora_b.shape != (n, r):
+        raise ValueError(
+            f"lora_linear: lora_a has shape {list(lora_a.shape)} and lora_b {list(lora_b.shape)}, "
+            f"want [r, {k}] and [{n}, r]"
+        )
+    if p == 0.0:
+        seed = None
+    arguments = (x, bias, lora_a, lora_b, seed, *base, scaling, p)
+    if needs_dispatcher(x, bias, lora_a, lora_b, base[0]):
+        return torch.ops.qlora_native.lora_linear(*arguments)[0]
+    return _LoRALinear.apply(*arguments)
+
+
+def _check_dense_base(weight: Tensor, x: Tensor) -> None:
+    if weight.dtype != x.dtype:
+        raise ValueError(f"lora_linear: x is {x.dtype}, the base weight {weight.dtype}")
+    if weight.requires_grad:
+        raise ValueError(
+            "lora_linear: the base weight requires a gradient, but LoRA's base is frozen; "
+            "call weight.requires_grad_(False)"
+        )
+
+
+def _weight_of(base: tuple[Any, ...]) -> BaseWeight:
+    """The weight from the operator's arguments: a dense one has no scales."""
+    return base[0] if base[1] is None else NF4Tensors(*base)
+
+
+def _dropped(x: Tensor, factors: LoRAFactors, out: Tensor | None = None) -> Tensor:
+    """x after dropout; x itself without."""
+    if factors.seed is None:
+        return x
+    out = torch.empty_like(x) if out is None else out
+    _core.dropout(x, factors.p, factors.seed, out, *execution(x))
+    return out
+
+
+def forward(
+    x: Tensor, weight: BaseWeight, bias: Tensor | None, factors: LoRAFactors
+) -> tuple[Tensor, Tensor]:
+    """(y[m, n], t[m, r] = dropout(x) · Aᵀ) of x[m, k], without autograd."""
+    x = x.contiguous()
+    y = base_forward(x, weight, bias)
+    lora_a, lora_b, _, scaling, _ = factors
+    dropped = _dropped(x, factors)
+    if prefers_native(x):
+        t = x.new_empty(x.shape[0], lora_a.shape[0])
+        _core.lora_forward(
+            dropped, lora_a.contiguous(), lora_b.contiguous(), scaling, t, y, *execution(x)
+        )
+        return y, t
+    with autocast_disabled(x):
+        t = torch.mm(dropped, lora_a.to(x.dtype).t())
+        y.addmm_(t, lora_b.to(x.dtype).t(), alpha=scaling)
+    return y, t
+
+
+def backward(
+    dy: Tensor, x: Tensor, t: Tensor, weight: BaseWeight, factors: LoRAFactors, needs_dx: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(dx, grad_a, grad_b) of `forward`; dx is None unless asked for."""
+    x, dy = x.contiguous(), dy.contiguous()
+    lora_a, lora_b, seed, scaling, _ = factors
+    dx = base_grad_input(dy, weight) if needs_dx else None
+    dropped = _dropped(x, factors)
+    # Dropout stands between x and A, so A's part of dx passes the mask before it is added.
+    dx_lora = dx if seed is None or dx is None else torch.zeros_like(dx)
+    if prefers_native(x):
+        a, b = lora_a.contiguous(), lora_b.contiguous()
+        grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
+        _core.lora_backward(dy, dropped, t, a, b, scaling, grad_a, grad_b, dx_lora, *execution(x))
+    else:
+        with autocast_disabled(x):
+            b = lora_b.to(x.dtype)
+            u = torch.addmm(dy.new_zeros(1), dy, b, beta=0, alpha=scaling)  # scaled, rounded once
+            # In fp32, because torch.mm would round the sums to the compute dtype.
+            grad_a = torch.mm(u.float().t(), dropped.float()).to(lora_a.dtype)
+            grad_b = torch.mm(dy.float().t(), t.float()).mul_(scaling).to(lora_b.dtype)
+            if dx_lora is not None:
+                dx_lora.addmm_(u, lora_a.to(x.dtype))
+    if dx is not None and dx_lora is not dx:
+        dx.add_(_dropped(dx_lora, factors, out=dx_lora))
+    return dx, grad_a, grad_b
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        seed: Tensor | None,
+        *rest: Any,
+    ) -> Tensor:
+        *base, scaling, p = rest
+        weight = _weight_of(tuple(base))
+        factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
+        y, t = forward(x.reshape(-1, x.shape[-1]), weight, bias, factors)
+        _save(ctx, (x, bias, lora_a, lora_b, seed, *rest), t)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy, _backward_2d)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], t: Tensor) -> None:
+    x, _, lora_a, lora_b, seed, *base, scaling, p = inputs
+    ctx.save_for_backward(x, t, lora_a, lora_b, seed, *base[:4])
+    ctx.numbers = (*base[4:], scaling, p)
+
+
+def _gradients(ctx: Any, dy: Tensor, backward_function: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of lora_linear's 14 arguments: x, bias, lora_a and lora_b have one."""
+    needs_dx, needs_dbias, needs_da, needs_db = ctx.needs_input_grad[:4]
+    x, t, *tensors = ctx.saved_tensors
+    dx = grad_a = grad_b = None
+    if needs_dx or needs_da or needs_db:
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: a gradient of the gradients may be asked for
+            dx, grad_a, grad_b = _differentiable_backward(dy, x, *tensors, *ctx.numbers)
+        else:
+            dx, grad_a, grad_b = backward_function(dy, x, t, *tensors, *ctx.numbers, needs_dx)
+    return (
+        dx if needs_dx else None,
+        grad_bias(dy) if needs_dbias else None,
+        grad_a if needs_da else None,
+        grad_b if needs_db else None,
+        *(None,) * 10,
+    )
+
+
+def _differentiable_backward(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` as operations that autograd follows, for second derivatives; x of any rank."""
+    *base, scaling, p = rest
+    weight = _weight_of(tuple(base))
+    factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
+    dense = isinstance(weight, Tensor)
+    dx = torch.matmul(dy, weight) if dense else nf4_linear_grad_input(dy, weight)
+    mask = _dropped(torch.ones_like(x), factors)
+    dropped = (x * mask).flatten(0, -2).float()
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    u = torch.matmul(dy, b) * scaling
+    t = torch.mm(dropped.to(x.dtype), a.t())
+    grad_a = torch.mm(u.flatten(0, -2).float().t(), dropped)
+    grad_b = torch.mm(dy.flatten(0, -2).float().t(), t.float()) * scaling
+    return (
+        dx + torch.matmul(u, a) * mask,
+        grad_a.to(lora_a.dtype),
+        grad_b.to(lora_b.dtype),
+    )
+
+
+def _backward_2d(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    n: int,
+    k: int,
+    block_size: int,
+    scaling: float,
+    p: float,
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """`backward` on x of any rank, with the arguments of the operator."""
+    base = _weight_of((weight, absmax, nested_absmax, nested_offset, n, k, block_size))
+    factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
+    dx, grad_a, grad_b = backward(dy.reshape(-1, n), x.reshape(-1, k), t, base, factors, needs_dx)
+    return None if dx is None else dx.view(x.shape), grad_a, grad_b
+
+
+@torch.library.custom_op("qlora_native::lora_linear", mutates_args=())
+def _lora_linear_op(
+    x: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    n: int,
+    k: int,
+    block_size: int,
+    scaling: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    base = _weight_of((weight, absmax, nested_absmax, nested_offset, n, k, block_size))
+    factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
+    y, t = forward(x.reshape(-1, k), base, bias, factors)
+    return y.view(*x.shape[:-1], n), t
+
+
+@_lora_linear_op.register_fake
+def _(
+    x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    n, k = lora_b.shape[0], lora_a.shape[1]
+    return x.new_empty(*x.shape[:-1], n), x.new_empty(x.numel() // k, lora_a.shape[0])
+
+
+@torch.library.custom_op("qlora_native::lora_linear_backward", mutates_args=())
+def _lora_linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    n: int,
+    k: int,
+    block_size: int,
+    scaling: float,
+    p: float,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An operator has no optional outputs: dx is empty unless asked for."""
+    dx, grad_a, grad_b = _backward_2d(
+        dy, x, t, lora_a, lora_b, seed, weight, absmax, nested_absmax, nested_offset,
+        n, k, block_size, scaling, p, needs_dx,
+    )  # fmt: skip
+    return x.new_empty(0) if dx is None else dx, grad_a, grad_b
+
+
+@_lora_linear_backward_op.register_fake
+def _(
+    dy: Tensor, x: Tensor, t: Tensor, lora_a: Tensor, lora_b: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_dx = rest[-1]
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
+    return (
+        dx,
+        torch.empty_like(lora_a, memory_format=torch.contiguous_format),
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format),
+    )
+
+
+def _setup_context(
+    ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    _save(ctx, inputs, output[1])
+
+
+def _backward_through_dispatcher(
+    ctx: Any, dy: Tensor, _grad_t: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dy, torch.ops.qlora_native.lora_linear_backward)
+
+
+_lora_linear_op.register_autograd(_backward_through_dispatcher, setup_context=_setup_context)

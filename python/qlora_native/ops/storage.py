@@ -1,0 +1,55 @@
+"""The tensors that an NF4 weight is stored in, and how the core is told where to run."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NESTED_BLOCK = 256  # blocks that share one nested scale
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class NF4Tensors(NamedTuple):
+    """The stored bytes of a weight `[n, k]`, all uint8, as the core takes them."""
+
+    codes: Tensor  # [n, k/2] (k even), else [ceil(n*k/2), 1]
+    absmax: Tensor  # nested: [blocks]; plain: [blocks, 4], the bytes of an fp32 each
+    nested_absmax: Tensor | None  # [ceil(blocks/256), 4]
+    nested_offset: Tensor | None  # [4]
+    n: int
+    k: int
+    block_size: int
+
+
+def check_block_size(operation: str, block_size: int) -> None:
+    """Raise ValueError unless `block_size` is one that the format has."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{operation}: block_size is {block_size}, want one of {BLOCK_SIZES}")
+
+
+def empty_nf4_tensors(
+    n: int, k: int, block_size: int, double_quant: bool, device: torch.device | str | None
+) -> NF4Tensors:
+    """Uninitialised storage of a weight `[n, k]`: the one place that knows its shapes.
+
+    The codes keep a row of the weight a row, so that the weight of a transposed layer is refused by
+    its shape; a row of odd length does not end on a whole byte, and then the codes are one column.
+    """
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+
+    blocks = -(-n * k // block_size)
+    codes = empty(n, k // 2) if k % 2 == 0 else empty((n * k + 1) // 2, 1)
+    if not double_quant:
+        return NF4Tensors(codes, empty(blocks, 4), None, None, n, k, block_size)
+    nested_blocks = -(-blocks // NESTED_BLOCK)
+    return NF4Tensors(codes, empty(blocks), empty(nested_blocks, 4), empty(4), n, k, block_size)
+
+
+def execution(tensor: Tensor) -> tuple[int, int]:
+    """The last two arguments of every call of the core: CPU threads and CUDA stream."""
+    if tensor.is_cuda:
+        return 1, torch.cuda.current_stream(tensor.device).cuda_stream
+    return torch.get_num_threads(), 0
