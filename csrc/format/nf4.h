@@ -13,7 +13,7 @@
 namespace qlora {
 
 inline constexpr int nf4_level_count = 16;
-inline constexpr std::uint8_t nf4_zero_code = 7;  // decodes to +0.0
+inline constexpr int nf4_zero_code = 7;  // decodes to +0.0
 
 /// The value of a code, in units of the block's absmax. `code` must be 0 to 15.
 QLORA_HOST_DEVICE constexpr float nf4_level(int code) {
@@ -43,14 +43,13 @@ QLORA_HOST_DEVICE constexpr float nf4_threshold(int i) {
   return (nf4_level(i) + nf4_level(i + 1)) / 2.0f;
 }
 
-/// The code whose level is nearest to `x`, which is in units of absmax; a tie goes to the lower
-/// code.
-QLORA_HOST_DEVICE constexpr std::uint8_t nf4_encode(float x) {
+/// The code whose level is nearest to `x`, which is in units of absmax; a tie goes to the lower code.
+QLORA_HOST_DEVICE constexpr int nf4_encode(float x) {
   int code = 0;  // a binary search: four comparisons find the number of thresholds below x
   for (int step = 8; step > 0; step /= 2) {
     if (x > nf4_threshold(code + step - 1)) code += step;
   }
-  return static_cast<std::uint8_t>(code);
+  return code;
 }
 
 }  // namespace qlora

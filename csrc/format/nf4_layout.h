@@ -6,9 +6,8 @@
 //
 //   byte      0         1         2      ...
 //           +----+----+----+----+----+----+
-//   codes   | e0 | e1 | e2 | e3 | e4 | e5 |  ...     even element: high nibble, odd element: low
-//   nibble
-//           +----+----+----+----+----+----+          an odd count leaves the last low nibble 0
+//   codes   | e0 | e1 | e2 | e3 | e4 | e5 |  ...     even element: high nibble, odd one: low nibble
+//           +----+----+----+----+----+----+          an odd count is padded with the code of zero
 //
 //   plain scales       absmax         fp32 a block
 //   nested scales      absmax         1 byte a block: q, a code of the signed dynamic map
@@ -58,12 +57,12 @@ QLORA_HOST_DEVICE constexpr std::int64_t nf4_nested_block_count(std::int64_t blo
   return ceil_divide(block_count, nf4_blocks_per_nested_block);
 }
 
-QLORA_HOST_DEVICE constexpr std::uint8_t nf4_pack(std::uint8_t even, std::uint8_t odd) {
+QLORA_HOST_DEVICE constexpr std::uint8_t nf4_pack(int even, int odd) {
   return static_cast<std::uint8_t>(even << 4 | odd);
 }
 
 /// The code of element `e` of the flattened weight.
-QLORA_HOST_DEVICE constexpr std::uint8_t nf4_code_at(const std::uint8_t* codes, std::int64_t e) {
+QLORA_HOST_DEVICE constexpr int nf4_code_at(const std::uint8_t* codes, std::int64_t e) {
   const std::uint8_t byte = codes[e >> 1];
   return (e & 1) ? byte & 0x0f : byte >> 4;
 }
@@ -89,7 +88,8 @@ struct NF4Bytes {
 
   std::int64_t element_count() const { return n * k; }
   std::int64_t block_count() const { return nf4_block_count(element_count(), block_size); }
-  bool is_nested() const { return nested_absmax != nullptr; }
+  // Not by nested_absmax, which is empty, and may be null, where there are no blocks.
+  bool is_nested() const { return nested_offset != nullptr; }
 
   /// absmax of block `b` in fp32.
   float scale(std::int64_t b) const {

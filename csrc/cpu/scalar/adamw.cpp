@@ -1,9 +1,9 @@
 #include <algorithm>
 
 #include "cpu/scalar/absolute_maximum.h"
+#include "cpu/scalar/dynamic_map_encoder.h"
 #include "cpu/scalar/kernels.h"
 #include "format/block_normalizer.h"
-#include "format/dynamic_map.h"
 
 namespace qlora::scalar {
 namespace {
@@ -14,20 +14,32 @@ struct Moments {
   float exp_avg_sq[adamw8bit_block_size];
 };
 
-void decode_moment(const DynamicMap& map, const std::uint8_t* codes, float absmax,
+/// A moment's map: how it is read, how it is written, and the code of zero.
+struct MomentMap {
+  const DynamicMap& map;
+  const DynamicMapEncoder& encode;
+  std::uint8_t zero_code;
+};
+constexpr MomentMap first_moment_map{signed_dynamic_map, signed_dynamic_map_encoder,
+                                     dynamic_map_signed_zero_code};
+constexpr MomentMap second_moment_map{unsigned_dynamic_map, unsigned_dynamic_map_encoder,
+                                      dynamic_map_unsigned_zero_code};
+
+void decode_moment(const MomentMap& map, const std::uint8_t* codes, float absmax,
                    std::int64_t count, float* moment) {
-  for (std::int64_t i = 0; i < count; ++i) moment[i] = map.decode(codes[i]) * absmax;
+  for (std::int64_t i = 0; i < count; ++i) moment[i] = map.map.decode(codes[i]) * absmax;
 }
 
-/// Writes codes and returns their absmax. NaN or Inf stays in this block: its absmax becomes NaN or
-/// Inf.
-float encode_moment(const DynamicMap& map, std::uint8_t zero_code, const float* moment,
-                    std::int64_t count, std::uint8_t* codes) {
+/// Writes codes and returns their absmax. NaN or Inf stays in this block: its absmax becomes one.
+float encode_moment(const MomentMap& map, const float* moment, std::int64_t count,
+                    std::uint8_t* codes) {
   const float absmax = absolute_maximum(moment, count);
-  const BlockNormalizer normalize(absmax);
-  for (std::int64_t i = 0; i < count; ++i) {
-    codes[i] = absmax > 0.0f ? map.encode(normalize(moment[i])) : zero_code;
+  if (absmax == 0.0f) {
+    std::fill_n(codes, count, map.zero_code);
+    return absmax;
   }
+  const BlockNormalizer normalize(absmax);
+  for (std::int64_t i = 0; i < count; ++i) codes[i] = map.encode(normalize(moment[i]));
   return absmax;
 }
 
@@ -63,8 +75,8 @@ void adamw8bit_step(const AdamW8bitTensor& tensor, const AdamWRule& rule, std::i
         float& absmax_sq = tensor.exp_avg_sq_absmax.as<float>()[block];
 
         Moments moments;
-        decode_moment(signed_dynamic_map, codes, absmax, count, moments.exp_avg);
-        decode_moment(unsigned_dynamic_map, codes_sq, absmax_sq, count, moments.exp_avg_sq);
+        decode_moment(first_moment_map, codes, absmax, count, moments.exp_avg);
+        decode_moment(second_moment_map, codes_sq, absmax_sq, count, moments.exp_avg_sq);
         for (std::int64_t i = 0; i < count; ++i) {
           P& param = tensor.param.as<P>()[first + i];
           float p = to_float(param);
@@ -72,10 +84,8 @@ void adamw8bit_step(const AdamW8bitTensor& tensor, const AdamWRule& rule, std::i
                moments.exp_avg_sq[i]);
           param = from_float<P>(p);
         }
-        absmax = encode_moment(signed_dynamic_map, dynamic_map_signed_zero_code, moments.exp_avg,
-                               count, codes);
-        absmax_sq = encode_moment(unsigned_dynamic_map, dynamic_map_unsigned_zero_code,
-                                  moments.exp_avg_sq, count, codes_sq);
+        absmax = encode_moment(first_moment_map, moments.exp_avg, count, codes);
+        absmax_sq = encode_moment(second_moment_map, moments.exp_avg_sq, count, codes_sq);
       }
     });
   });

@@ -1,6 +1,9 @@
+#include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "cpu/scalar/absolute_maximum.h"
+#include "cpu/scalar/dynamic_map_encoder.h"
 #include "cpu/scalar/kernels.h"
 #include "cpu/scalar/nf4_decode.h"
 #include "format/block_normalizer.h"
@@ -10,12 +13,25 @@ namespace {
 
 template <typename T>
 void encode_block(const T* values, std::int64_t count, float absmax, std::uint8_t* codes) {
+  if (absmax == 0.0f) {
+    constexpr std::uint8_t zeros = nf4_pack(nf4_zero_code, nf4_zero_code);
+    std::fill_n(codes, nf4_code_bytes(count), zeros);
+    return;
+  }
   const BlockNormalizer normalize(absmax);
-  const auto encode = [&](std::int64_t i) {
-    return absmax > 0.0f ? nf4_encode(normalize(to_float(values[i]))) : nf4_zero_code;
-  };
-  for (std::int64_t i = 0; i + 1 < count; i += 2) codes[i / 2] = nf4_pack(encode(i), encode(i + 1));
-  if (count & 1) codes[count / 2] = nf4_pack(encode(count - 1), 0);
+  constexpr std::size_t lanes = nf4_min_block_size;
+  for (std::int64_t first = 0; first < count; first += lanes) {
+    const auto length = std::min(lanes, static_cast<std::size_t>(count - first));
+    std::array<float, lanes> x{};  // zeros pad an odd count
+    for (std::size_t i = 0; i < length; ++i) x[i] = normalize(to_float(values[first + i]));
+    // nf4_encode, by counting: without a branch, and compilers vectorise it.
+    std::array<int, lanes> code{};
+    for (int t = 0; t + 1 < nf4_level_count; ++t) {
+      const float threshold = nf4_threshold(t);
+      for (std::size_t i = 0; i < lanes; ++i) code[i] += x[i] > threshold ? 1 : 0;
+    }
+    for (std::size_t i = 0; i < length; i += 2) *codes++ = nf4_pack(code[i], code[i + 1]);
+  }
 }
 
 template <typename T>
@@ -59,7 +75,7 @@ void nf4_quantize_scales(const float* absmax, float offset, const NF4Bytes& out,
     const BlockNormalizer normalize(group_absmax);
     for (std::int64_t block = first; block < last; ++block) {
       out.absmax[block] = group_absmax > 0.0f
-                              ? signed_dynamic_map.encode(normalize(absmax[block] - offset))
+                              ? signed_dynamic_map_encoder(normalize(absmax[block] - offset))
                               : dynamic_map_signed_zero_code;
     }
     store_float(out.nested_absmax, group, group_absmax);
