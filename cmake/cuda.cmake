@@ -16,6 +16,10 @@ if(NOT QLORA_CUDA STREQUAL "OFF")
       set(reason "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}, want 12.8 or newer")
     else()
       set(QLORA_HAS_CUDA ON)
+      if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has C++20
+        set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+        set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+      endif()
     endif()
   else()
     set(reason "no CUDA compiler was found; install a CUDA toolkit, or point CUDACXX at its nvcc")
@@ -36,7 +40,8 @@ function(qlora_add_cuda_backend target)
   message(STATUS "qlora_native: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${QLORA_CUDA_ARCHS}")
   target_sources(${target} PRIVATE
     csrc/cuda/cuda_backend.cpp
-    csrc/cuda/nf4_codec.cu)
+    csrc/cuda/nf4_codec.cu
+    csrc/cuda/runtime.cpp)
   string(REPLACE ";" "," architectures "${QLORA_CUDA_ARCHS}")
   set_source_files_properties(csrc/cuda/cuda_backend.cpp PROPERTIES COMPILE_DEFINITIONS
     "QLORA_CUDA_ARCHS=\"${architectures}\";QLORA_CUDA_COMPILER=\"nvcc ${CMAKE_CUDA_COMPILER_VERSION}\"")
@@ -47,10 +52,13 @@ function(qlora_add_cuda_backend target)
     CUDA_RUNTIME_LIBRARY Static
     CUDA_VISIBILITY_PRESET hidden)
   # Products must not be fused into sums: see qlora_flags.
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --expt-relaxed-constexpr>)
+  # A kernel that spills registers, or keeps an array in local memory, is slow: ptxas warns of it.
+  set(cuda_flags --fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra
+    -Xptxas=--warn-on-spills,--warn-on-local-memory-usage)
   if(QLORA_WERROR)
-    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+    list(APPEND cuda_flags -Werror=all-warnings -Xcompiler=-Werror -Xptxas=-Werror)
   endif()
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>")
   find_package(CUDAToolkit REQUIRED)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
 endfunction()

@@ -40,6 +40,9 @@ class Backend {
   [[noreturn]] void refuse(const char* operation) const;
 };
 
+/// What nf4_quantize throws when `block` is the first that holds a NaN or Inf.
+[[noreturn]] void throw_not_finite(std::int64_t block, const NF4Weight& weight);
+
 /// The two backends; the folders cpu/ and cuda/ define them. cuda_backend throws Unsupported in a
 /// build without CUDA.
 const Backend& cpu_backend();

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "core/backend.h"
 
 namespace qlora {
@@ -8,6 +10,13 @@ const Backend& backend_for(Device device) {
     case DeviceType::cuda: return cuda_backend();
   }
   throw Unsupported(message("no backend for device ", device));
+}
+
+void throw_not_finite(std::int64_t block, const NF4Weight& weight) {
+  const std::int64_t first = block * weight.block_size;
+  const std::int64_t last = std::min(first + weight.block_size, weight.n * weight.k) - 1;
+  throw InvalidArgument(message("nf4_quantize: w has a NaN or Inf in block ", block, ", elements ",
+                                first, " to ", last, " of the flattened weight"));
 }
 
 void Backend::refuse(const char* operation) const {

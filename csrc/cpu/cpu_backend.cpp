@@ -91,11 +91,7 @@ class CpuBackend final : public Backend {
                    while (bad < known && !first_bad_block.compare_exchange_weak(known, bad)) {
                    }
                  });
-    const std::int64_t bad = first_bad_block;
-    check(bad == block_count, "nf4_quantize: w has a NaN or Inf in block ", bad, ", elements ",
-          bad * out.block_size, " to ",
-          std::min((bad + 1) * out.block_size, out.element_count()) - 1,
-          " of the flattened weight");
+    if (first_bad_block != block_count) throw_not_finite(first_bad_block, weight);
 
     if (!out.is_nested()) {
       std::copy_n(reinterpret_cast<const std::uint8_t*>(absmax.data()), 4 * block_count,

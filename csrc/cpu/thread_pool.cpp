@@ -48,12 +48,12 @@ class Job {
 
 class ThreadPool {
  public:
-  /// Runs `job` on the caller and up to `helper_count` helpers. False, with nothing done, if the
+  /// Runs `job` on the caller and up to `wanted_count` helpers. False, with nothing done, if the
   /// pool is in use.
-  bool try_run(Job& job, int helper_count) {
+  bool try_run(Job& job, int wanted_count) {
     const std::unique_lock in_use(in_use_, std::try_to_lock);
     if (!in_use) return false;
-    grow(helper_count);
+    const int helper_count = grow(wanted_count);
     {
       const std::lock_guard lock(mutex_);
       job_ = &job;
@@ -70,11 +70,17 @@ class ThreadPool {
   }
 
  private:
-  void grow(int helper_count) {
-    while (static_cast<int>(helpers_.size()) < helper_count) {
-      const int index = static_cast<int>(helpers_.size());
-      helpers_.emplace_back([this, index, seen = generation_] { help(index, seen); });
+  /// Starts what is missing of `wanted_count` helpers. Returns how many of them there are: fewer,
+  /// even none, where the system has no more threads or memory.
+  int grow(int wanted_count) {
+    const auto count = [this] { return static_cast<int>(helpers_.size()); };
+    try {
+      while (count() < wanted_count) {
+        helpers_.emplace_back([this, index = count(), seen = generation_] { help(index, seen); });
+      }
+    } catch (const std::exception&) {
     }
+    return std::min(count(), wanted_count);
   }
 
   void help(int index, std::uint64_t seen) {

@@ -5,8 +5,8 @@ namespace qlora {
 
 const Backend& cuda_backend() {
   throw Unsupported(
-      "this build of qlora_native has no CUDA backend; install a CUDA toolkit (nvcc 12.8 or newer) and "
-      "reinstall with --config-settings=cmake.define.QLORA_CUDA=ON");
+      "this build of qlora_native has no CUDA backend; install a CUDA toolkit (nvcc 12.8 or newer) "
+      "and reinstall with --config-settings=cmake.define.QLORA_CUDA=ON");
 }
 
 CudaInfo cuda_info() { return {}; }

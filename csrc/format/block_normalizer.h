@@ -22,6 +22,9 @@ class BlockNormalizer {
     return is_reciprocal_finite_ ? x * reciprocal_ : x / absmax_;
   }
 
+  /// Whether it multiplies: for a loop that keeps the division apart.
+  QLORA_HOST_DEVICE constexpr bool is_reciprocal_finite() const { return is_reciprocal_finite_; }
+
  private:
   float absmax_;
   float reciprocal_;

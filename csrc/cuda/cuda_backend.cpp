@@ -1,0 +1,82 @@
+// The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
+// demand of their arguments.
+#include "core/backend.h"
+#include "cuda/nf4_codec.h"
+#include "cuda/runtime.h"
+
+namespace qlora {
+namespace {
+
+using cuda::check_cuda;
+using cuda::DeviceGuard;
+
+cudaStream_t stream_of(const ExecutionContext& context) {
+  return static_cast<cudaStream_t>(context.stream);
+}
+
+void check_aligned(const TensorView& scales, const char* operation, const char* argument) {
+  if (!scales.is_present) return;
+  const auto address = reinterpret_cast<std::uintptr_t>(scales.data);
+  check(address % 4 == 0, operation, ": ", argument, " holds fp32 scales, but its memory begins ",
+        address % 4, " bytes past a multiple of 4; pass ", argument, ".clone()");
+}
+
+/// The kernels read fp32 scales as fp32, which the tensors' dtype, uint8, does not promise to be
+/// possible.
+void check_scales_aligned(const NF4Weight& weight, const char* operation) {
+  if (!weight.is_nested()) check_aligned(weight.absmax, operation, "absmax");
+  check_aligned(weight.nested_absmax, operation, "nested_absmax");
+  check_aligned(weight.nested_offset, operation, "nested_offset");
+}
+
+class CudaBackend final : public Backend {
+ public:
+  const char* name() const override { return "CUDA"; }
+
+  /// Waits for the stream once, at the end, to learn whether w had a NaN or Inf.
+  void nf4_quantize(const TensorView& w, const NF4Weight& out,
+                    const ExecutionContext& context) const override {
+    const char* const operation = "nf4_quantize";
+    check_scales_aligned(out, operation);
+    const DeviceGuard guard(w.device, operation);
+    const cudaStream_t stream = stream_of(context);
+    cuda::refuse_capture(stream, operation);
+    const cuda::StreamBuffer memory(cuda::NF4QuantizeScratch::bytes_for(out), stream, operation);
+    const cuda::NF4QuantizeScratch scratch(memory.data(), out);
+    cuda::launch_nf4_quantize(w, out, scratch, stream);
+
+    unsigned long long bad = cuda::no_bad_block;
+    check_cuda(
+        cudaMemcpyAsync(&bad, scratch.first_bad_block, sizeof bad, cudaMemcpyDeviceToHost, stream),
+        operation);
+    check_cuda(cudaStreamSynchronize(stream), operation);
+    if (bad != cuda::no_bad_block) throw_not_finite(static_cast<std::int64_t>(bad), out);
+  }
+
+  void nf4_dequantize(const NF4Weight& weight, const TensorView& out,
+                      const ExecutionContext& context) const override {
+    check_scales_aligned(weight, "nf4_dequantize");
+    const DeviceGuard guard(out.device, "nf4_dequantize");
+    cuda::launch_nf4_dequantize(weight, out, stream_of(context));
+  }
+
+  void nf4_dequantize_absmax(const NF4Weight& weight, const TensorView& out,
+                             const ExecutionContext& context) const override {
+    check_scales_aligned(weight, "nf4_dequantize_absmax");
+    const DeviceGuard guard(out.device, "nf4_dequantize_absmax");
+    cuda::launch_nf4_dequantize_absmax(weight, out.as<float>(), stream_of(context));
+  }
+};
+
+}  // namespace
+
+const Backend& cuda_backend() {
+  static const CudaBackend backend;
+  return backend;
+}
+
+CudaInfo cuda_info() {
+  return {.is_compiled = true, .architectures = QLORA_CUDA_ARCHS, .compiler = QLORA_CUDA_COMPILER};
+}
+
+}  // namespace qlora

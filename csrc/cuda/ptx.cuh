@@ -1,0 +1,119 @@
+// The odd instructions, one named function each. Compiled for the host, where tests run the
+// kernels' bodies, a function does the same in C++.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <cuda_runtime.h>
+
+#include "format/float16.h"
+
+namespace qlora::cuda {
+
+inline constexpr int lanes_per_warp = 32;
+inline constexpr unsigned all_lanes = 0xffffffffu;
+
+/// What one lane moves by one access at full width.
+struct alignas(16) Bytes16 {
+  std::uint32_t words[4];
+};
+
+/// Reads memory that nobody reads again: it is the first to leave the caches. `address` is aligned
+/// to its type.
+template <typename Word>
+__device__ Word load_once(const Word* address) {
+#if defined(__CUDA_ARCH__)
+  return __ldcs(address);
+#else
+  Word value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+#endif
+}
+
+/// `address` is aligned to 16 bytes.
+__device__ inline Bytes16 load_16_bytes(const void* address) {
+#if defined(__CUDA_ARCH__)
+  const uint4 v = *static_cast<const uint4*>(address);
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  Bytes16 value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+#endif
+}
+
+/// `address` is aligned to 16 bytes.
+__device__ inline void store_16_bytes(void* address, const Bytes16& value) {
+#if defined(__CUDA_ARCH__)
+  *static_cast<uint4*>(address) =
+      make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
+#else
+  std::memcpy(address, &value, sizeof value);
+#endif
+}
+
+/// The larger one, or NaN if one of the two is NaN. (fmaxf would return the other.)
+__device__ inline float max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return std::isnan(a) || a > b ? a : b;
+#endif
+}
+
+/// a * b + c, rounded twice whatever the compiler's flags: the format's nested scales are defined
+/// so.
+__device__ inline float multiply_then_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(__fmul_rn(a, b), c);
+#else
+  return a * b + c;
+#endif
+}
+
+/// Two fp32 rounded to T, ties to even: `low` in the lower half. As from_float<T>, but for the
+/// payload of a NaN.
+template <typename T>
+__device__ std::uint32_t round_pair(float low, float high) = delete;
+
+template <>
+__device__ inline std::uint32_t round_pair<BFloat16>(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return from_float<BFloat16>(low).bits | std::uint32_t{from_float<BFloat16>(high).bits} << 16;
+#endif
+}
+
+template <>
+__device__ inline std::uint32_t round_pair<Float16>(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return from_float<Float16>(low).bits | std::uint32_t{from_float<Float16>(high).bits} << 16;
+#endif
+}
+
+/// to_float, as one instruction where the device has one.
+__device__ inline float widen(BFloat16 x) { return to_float(x); }
+
+__device__ inline float widen(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#else
+  return to_float(x);
+#endif
+}
+
+}  // namespace qlora::cuda

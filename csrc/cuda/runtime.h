@@ -1,0 +1,62 @@
+// What every CUDA operation needs of the runtime: errors as exceptions, the right device, scratch
+// memory, launches.
+#pragma once
+
+#include <cstddef>
+
+#include <cuda_runtime_api.h>
+
+#include "core/check.h"
+#include "core/tensor_view.h"
+
+namespace qlora::cuda {
+
+/// Throws what `error` means: OutOfMemory; Unsupported where driver, device and build do not fit
+/// together; else CudaError.
+[[noreturn]] void throw_cuda_error(cudaError_t error, const char* what);
+
+/// Throws unless `error` is cudaSuccess. `what` names the operation or call, for the message.
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw_cuda_error(error, what);
+}
+
+/// Makes the operation's device the current one while it lives.
+///
+/// Throws Unsupported without a usable driver or device, or for a device older than compute
+/// capability 8.0.
+class DeviceGuard {
+ public:
+  DeviceGuard(Device device, const char* operation);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  int current_;
+};
+
+/// Device memory that work queued on `stream` may use; what is queued after its end may not.
+///
+/// It comes from the stream's memory pool, so that neither taking nor returning it waits for the
+/// device. Where the device has no pools (some virtual GPUs) both do.
+class StreamBuffer {
+ public:
+  StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* operation);
+  ~StreamBuffer();
+  StreamBuffer(const StreamBuffer&) = delete;
+  StreamBuffer& operator=(const StreamBuffer&) = delete;
+
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+  cudaStream_t stream_;
+  bool is_pooled_;
+};
+
+/// Throws Unsupported while `stream` records a CUDA graph: for an operation that waits for its
+/// stream.
+void refuse_capture(cudaStream_t stream, const char* operation);
+
+}  // namespace qlora::cuda
