@@ -1,0 +1,84 @@
+// nf4_linear and nf4_linear_grad_input against fp64 products with the decoded weight.
+#include "support/stored_weight.h"
+
+namespace qlora {
+namespace {
+
+using reference::Matrix;
+using reference::sum_error;
+
+struct LinearShape {
+  std::int64_t m, n, k, block_size;
+};
+
+// One token; one element; one block; k odd and no multiple of the block; rows that begin within a byte; n = 1; more tokens
+// than a kernel's tile; a block longer than the weight; sizes of zero.
+constexpr LinearShape shapes[] = {
+    {1, 1, 1, 32},    {1, 3, 5, 32},     {1, 8, 64, 64},  {2, 1, 33, 32},   {3, 17, 31, 64},
+    {4, 5, 97, 32},   {5, 9, 255, 128},  {65, 7, 66, 64}, {130, 3, 40, 32}, {2, 33, 257, 4096},
+    {1, 2, 4099, 64}, {6, 64, 128, 256}, {0, 4, 64, 64},  {3, 0, 64, 64},   {3, 4, 0, 64},
+};
+
+class CpuNF4Linear : public testing::TestWithParam<std::tuple<DType, bool>> {
+ protected:
+  const DType dtype = std::get<0>(GetParam());
+  const bool is_nested = std::get<1>(GetParam());
+  Generator generator{13};
+
+  template <typename Test>
+  void for_each_shape(Test&& test) {
+    for (const LinearShape& shape : shapes) {
+      SCOPED_TRACE(
+          message("m=", shape.m, " n=", shape.n, " k=", shape.k, " block ", shape.block_size));
+      StoredWeight weight =
+          StoredWeight::random(shape.n, shape.k, shape.block_size, is_nested, generator);
+      test(shape, weight, weight.decode(format_of(dtype)));
+    }
+  }
+};
+
+TEST_P(CpuNF4Linear, ForwardIsXTimesWTransposed) {
+  for_each_shape([&](const LinearShape& shape, StoredWeight& weight, const Matrix& w) {
+    HostTensor x = HostTensor::random(dtype, {shape.m, shape.k}, generator);
+    HostTensor y(dtype, {shape.m, shape.n});
+    nf4_linear(x.view(), weight.view(), {}, y.view(), {});
+    const Matrix exact = x.matrix() * transpose(w);
+    const Matrix size = magnitude(x.matrix()) * magnitude(transpose(w));
+    EXPECT_TRUE(is_rounded_from(y, exact.values, (sum_error(shape.k) * size).values));
+  });
+}
+
+TEST_P(CpuNF4Linear, ForwardAddsTheBiasBeforeItRounds) {
+  for_each_shape([&](const LinearShape& shape, StoredWeight& weight, const Matrix& w) {
+    HostTensor x = HostTensor::random(dtype, {shape.m, shape.k}, generator);
+    HostTensor bias = HostTensor::random(dtype, {shape.n}, generator);
+    HostTensor y(dtype, {shape.m, shape.n});
+    nf4_linear(x.view(), weight.view(), bias.view(), y.view(), {});
+    // A bias is one more column of W, beside a column of ones in x.
+    const Matrix ones(shape.m, 1, std::vector<double>(static_cast<std::size_t>(shape.m), 1.0));
+    const Matrix row(1, shape.n, bias.values());
+    const Matrix exact = x.matrix() * transpose(w) + ones * row;
+    const Matrix size = magnitude(x.matrix()) * magnitude(transpose(w)) + ones * magnitude(row);
+    EXPECT_TRUE(is_rounded_from(y, exact.values, (sum_error(shape.k + 1) * size).values));
+  });
+}
+
+TEST_P(CpuNF4Linear, GradInputIsDyTimesW) {
+  for_each_shape([&](const LinearShape& shape, StoredWeight& weight, const Matrix& w) {
+    HostTensor dy = HostTensor::random(dtype, {shape.m, shape.n}, generator);
+    HostTensor dx(dtype, {shape.m, shape.k});
+    nf4_linear_grad_input(dy.view(), weight.view(), dx.view(), {});
+    const Matrix exact = dy.matrix() * w;
+    const Matrix size = magnitude(dy.matrix()) * magnitude(w);
+    EXPECT_TRUE(is_rounded_from(dx, exact.values, (sum_error(shape.n) * size).values));
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Dtypes, CpuNF4Linear, testing::Combine(float_dtypes, testing::Bool()),
+                         [](const auto& instance) {
+                           return std::string(name_of(std::get<0>(instance.param))) +
+                                  (std::get<1>(instance.param) ? "Nested" : "Plain");
+                         });
+
+}  // namespace
+}  // namespace qlora
