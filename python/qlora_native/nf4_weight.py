@@ -100,12 +100,18 @@ def nf4_dequantize(
             device.
 
     Raises:
-        ValueError: a dtype that is not one of the three, or `out` does not fit.
+        ValueError: a dtype that is not one of the three, `out` does not fit, or it requires a
+            gradient while gradients are recorded.
     """
     if dtype not in ops.storage.FLOAT_DTYPES:
         raise ValueError(f"nf4_dequantize: dtype is {dtype}, want float32, bfloat16 or float16")
     if out is None:
         return ops.dequantize(weight.tensors, dtype).view(weight.shape)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "nf4_dequantize: out requires a gradient, which a write to it has none of; use "
+            "torch.no_grad()"
+        )
     if out.dtype != dtype or out.shape != weight.shape or out.device != weight.device:
         raise ValueError(
             f"nf4_dequantize: out is {out.dtype} {list(out.shape)} on {out.device}, "

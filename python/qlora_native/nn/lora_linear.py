@@ -1,6 +1,7 @@
 """LoRALinear: a frozen linear layer and the low-rank update that is trained beside it."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +41,16 @@ class LoRALinear(nn.Module):
         use_rslora: bool = False,
     ) -> None:
         super().__init__()
-        check_lora_arguments("LoRALinear", base, r, lora_dropout)
+        check_lora_arguments("LoRALinear", base, r, lora_alpha, lora_dropout)
         self.base = base.requires_grad_(False)
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
-        device = base.weight.device
-        self.lora_a = nn.Parameter(torch.empty(r, base.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.empty(base.out_features, r, device=device))
+        # fp32 whatever the default dtype, which is a 16-bit one while transformers loads a model.
+        options: dict[str, Any] = {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_a = nn.Parameter(torch.empty(r, base.in_features, **options))
+        self.lora_b = nn.Parameter(torch.empty(base.out_features, r, **options))
         self.reset_lora_parameters()
         self.train(base.training)
 
@@ -88,7 +90,7 @@ class LoRALinear(nn.Module):
             return y if base.compute_dtype is None else y.to(x.dtype)
         dtype = autocast_dtype(x)
         weight, bias = base.weight, base.bias
-        if torch.is_autocast_enabled(x.device.type):
+        if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return ops.lora_linear(x, weight, bias, self.lora_a, self.lora_b, self.scaling, p, seed)
@@ -101,17 +103,26 @@ class LoRALinear(nn.Module):
         )
 
 
-def check_lora_arguments(operation: str, base: nn.Module, r: int, lora_dropout: float) -> None:
+def check_lora_arguments(
+    operation: str, base: nn.Module, r: int, lora_alpha: float, lora_dropout: float
+) -> None:
     """Raise ValueError unless a LoRALinear can be made of these."""
     if not isinstance(base, NF4Linear | nn.Linear):
         raise ValueError(
             f"{operation}: base is {type(base).__name__}, want an NF4Linear or an nn.Linear"
         )
-    largest = min(base.in_features, base.out_features)
-    if not 1 <= r <= largest:
+    if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
         raise ValueError(
-            f"{operation}: r is {r}, want 1 to {largest} for a layer "
+            f"{operation}: base is {type(base).__name__}, whose forward is not nn.Linear's and "
+            "would not be called"
+        )
+    largest = min(base.in_features, base.out_features)
+    if not isinstance(r, int) or not 1 <= r <= largest:
+        raise ValueError(
+            f"{operation}: r is {r}, want an integer from 1 to {largest} for a layer "
             f"[{base.out_features}, {base.in_features}]"
         )
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"{operation}: lora_alpha is {lora_alpha}, want a finite number")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"{operation}: lora_dropout is {lora_dropout}, want 0 <= p < 1")

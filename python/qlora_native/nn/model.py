@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -40,6 +41,8 @@ def quantize_model(
             weight is shared with another module (quantising it would untie them), or a weight has a
             NaN or Inf (the layers before it are quantised).
     """
+    if isinstance(skip, str):
+        raise ValueError(f"quantize_model: skip is {skip!r}, want a list of names")
     names = [name for name, _ in model.named_modules()]
     for entry in skip:
         if entry != "lm_head" and not any(_name_matches(name, entry) for name in names):
@@ -58,17 +61,21 @@ def quantize_model(
     targets = [(name, module) for name, module in targets if type(module) is nn.Linear]
     if not targets:
         raise ValueError("quantize_model: the model has no nn.Linear to quantise (after skip)")
+    _check_not_root("quantize_model", model, [module for _, module in targets])
     _check_untied(model, targets)
 
     for done, name in enumerate([name for name, _ in targets], start=1):
         linear = targets.pop(0)[1]  # the list must not keep the dense weight alive
-        quantized = NF4Linear.from_linear(
-            linear,
-            block_size=block_size,
-            double_quant=double_quant,
-            compute_dtype=compute_dtype,
-        )
-        _replace_module(model, name, quantized)
+        try:
+            quantized = NF4Linear.from_linear(
+                linear,
+                block_size=block_size,
+                double_quant=double_quant,
+                compute_dtype=compute_dtype,
+            )
+        except ValueError as error:
+            raise ValueError(f"quantize_model: {name}: {error}") from error
+        _replace_module(model, [name], quantized)
         if progress is not None:
             progress(done, done + len(targets), name)
     return model
@@ -99,25 +106,25 @@ def add_lora(
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("add_lora: the model has LoRA layers already; merge_lora removes them")
-    linear_names = [name for name, module in model.named_modules() if _is_linear(module)]
+    layers = _layers_with_names(model, _is_linear)
     if isinstance(target_modules, str):
         if target_modules != "all-linear":
             raise ValueError(
                 f"add_lora: target_modules is {target_modules!r}, want 'all-linear' or a list"
             )
         head = _output_head(model)
-        names = [name for name in linear_names if model.get_submodule(name) is not head]
+        layers = {layer: names for layer, names in layers.items() if layer is not head}
     else:
-        names = _match_targets(linear_names, target_modules)
-    if not names:
+        layers = _match_targets(layers, target_modules)
+    if not layers:
         raise ValueError("add_lora: the model has no linear layer to put a LoRA beside")
-    for name in names:
-        check_lora_arguments(f"add_lora: {name}", model.get_submodule(name), r, lora_dropout)
+    _check_not_root("add_lora", model, layers)
+    for layer, names in layers.items():
+        check_lora_arguments(f"add_lora: {names[0]}", layer, r, lora_alpha, lora_dropout)
 
     model.requires_grad_(False)
-    for name in names:
-        base = model.get_submodule(name)
-        _replace_module(model, name, LoRALinear(base, r, lora_alpha, lora_dropout, use_rslora))
+    for layer, names in layers.items():
+        _replace_module(model, names, LoRALinear(layer, r, lora_alpha, lora_dropout, use_rslora))
     return model
 
 
@@ -130,11 +137,12 @@ def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         ValueError: the model has no LoRALinear.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    if not names:
+    layers = _layers_with_names(model, lambda module: isinstance(module, LoRALinear))
+    if not layers:
         raise ValueError("merge_lora: the model has no LoRALinear")
-    for name in names:
-        _replace_module(model, name, _merged(model.get_submodule(name), dtype))
+    _check_not_root("merge_lora", model, layers)
+    for layer, names in layers.items():
+        _replace_module(model, names, _merged(layer, dtype))
     return model
 
 
@@ -171,18 +179,34 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get_output_embeddings() if callable(get_output_embeddings) else None
 
 
-def _match_targets(linear_names: Sequence[str], targets: Iterable[str]) -> list[str]:
-    matched: set[str] = set()
+_Layers: TypeAlias = dict[nn.Module, list[str]]
+
+
+def _layers_with_names(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> _Layers:
+    """Every such layer with all the names that it has in `model`: a layer may be shared."""
+    layers: _Layers = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_wanted(module):
+            layers.setdefault(module, []).append(name)
+    return layers
+
+
+def _match_targets(layers: _Layers, targets: Iterable[str]) -> _Layers:
+    matched: set[nn.Module] = set()
     for target in targets:
-        found = [name for name in linear_names if f".{name}".endswith(f".{target}")]
+        found = [
+            layer
+            for layer, names in layers.items()
+            if any(f".{name}".endswith(f".{target}") for name in names)
+        ]
         if not found:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear_names})
+            known = sorted({n.rsplit(".", 1)[-1] for names in layers.values() for n in names})
             raise ValueError(
                 f"add_lora: target_modules has {target!r}, which is no linear layer; there are: "
                 + ", ".join(known)
             )
         matched.update(found)
-    return [name for name in linear_names if name in matched]
+    return {layer: names for layer, names in layers.items() if layer in matched}
 
 
 def _check_untied(model: nn.Module, targets: Sequence[tuple[str, nn.Linear]]) -> None:
@@ -198,11 +222,17 @@ def _check_untied(model: nn.Module, targets: Sequence[tuple[str, nn.Linear]]) ->
             )
 
 
-def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    if not name:
-        raise ValueError("the model is itself the layer to replace; wrap it in an nn.Sequential")
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+def _check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    if any(layer is model for layer in layers):
+        raise ValueError(
+            f"{operation}: the model is itself the layer to replace; wrap it in an nn.Sequential"
+        )
+
+
+def _replace_module(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
 
 
 @torch.no_grad()

@@ -138,9 +138,9 @@ class NF4Linear(nn.Module):
 
     def compute_dtype_for(self, x: Tensor) -> torch.dtype:
         """The dtype in which a product with x is done."""
-        if self.compute_dtype is not None:
+        if self.compute_dtype is not None and x.is_floating_point():
             return self.compute_dtype
-        return autocast_dtype(x)
+        return autocast_dtype(x) or x.dtype
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:
         """The bias in `dtype`, if there is one."""
@@ -193,11 +193,15 @@ class NF4Linear(nn.Module):
         )
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast gives x's device, or x's own where it is off."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives x, or None where it is off.
+
+    Like torch's autocast this leaves integers and float64 alone: the operation refuses them. The
+    meta device has no autocast.
+    """
+    if x.dtype not in FLOAT_DTYPES or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

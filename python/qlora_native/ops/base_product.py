@@ -48,6 +48,15 @@ def base_grad_input(dy: Tensor, weight: BaseWeight) -> Tensor:
         return torch.mm(dy, _dense(weight, dy.dtype))
 
 
+def with_shape(tensor: Tensor, *shape: int) -> Tensor:
+    """A result in its final shape, but not as a view.
+
+    Autograd forbids to write in place to a view that an `autograd.Function` made, and what follows
+    a layer may: `nn.ReLU(inplace=True)`.
+    """
+    return torch.ops.aten._unsafe_view.default(tensor, shape)
+
+
 def autocast_disabled(tensor: Tensor) -> AbstractContextManager[object]:
     """Keep autocast out of an implementation: its operands have the compute dtype already."""
     device_type = tensor.device.type
@@ -80,5 +89,5 @@ def _workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     workspace = held.get(dtype)
     if workspace is None or workspace.numel() < count:
         with torch.inference_mode(False):
-            workspace = held[dtype] = torch.empty(count, dtype=dtype)
+            workspace = held[dtype] = torch.empty(count, dtype=dtype, device=device)
     return workspace[:count]

@@ -1,12 +1,16 @@
-"""Quantise and dequantise: `torch.ops.qlora_native.nf4_quantize` and `.nf4_dequantize`."""
+"""Quantise and dequantise: `torch.ops.qlora_native.nf4_quantize`, `.nf4_dequantize`, `…_absmax`."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from qlora_native import _core
 from qlora_native.ops.doors import needs_dispatcher
 from qlora_native.ops.storage import (
     FLOAT_DTYPES,
+    NF4_SCHEMA,
     NF4Tensors,
     check_block_size,
     empty_nf4_tensors,
@@ -38,27 +42,40 @@ def _quantize(w: Tensor, n: int, k: int, block_size: int, double_quant: bool) ->
 
 
 def dequantize(weight: NF4Tensors, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The dense weight `[n, k]` in `dtype`, or in `out` (contiguous, n * k elements)."""
-    if out is None and needs_dispatcher(weight.codes):
-        return torch.ops.qlora_native.nf4_dequantize(*weight, dtype)
+    """The dense weight `[n, k]` in `dtype`, or in `out` (of it, contiguous, n * k elements)."""
+    if needs_dispatcher(weight.codes, out):
+        dense = torch.ops.qlora_native.nf4_dequantize(*weight, dtype)
+        return dense if out is None else out.copy_(dense.view_as(out))
     return _dequantize(weight, dtype, out)
 
 
 def _dequantize(weight: NF4Tensors, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.codes.device)
+    elif not out.is_inference():
+        increment_version(out)  # so that autograd sees the write, as of any in-place operation
     _core.nf4_dequantize(weight, out, *execution(out))
     return out
 
 
 def dequantize_absmax(weight: NF4Tensors) -> Tensor:
     """The scale of every block in fp32, `[blocks]`."""
+    if needs_dispatcher(weight.codes):
+        return torch.ops.qlora_native.nf4_dequantize_absmax(*weight)
+    return _dequantize_absmax(weight)
+
+
+def _dequantize_absmax(weight: NF4Tensors) -> Tensor:
     out = torch.empty(weight.absmax.shape[0], dtype=torch.float32, device=weight.codes.device)
     _core.nf4_dequantize_absmax(weight, out, *execution(out))
     return out
 
 
-@torch.library.custom_op("qlora_native::nf4_quantize", mutates_args=())
+@torch.library.custom_op(
+    "qlora_native::nf4_quantize",
+    mutates_args=(),
+    schema="(Tensor w, SymInt n, SymInt k, SymInt block_size, bool double_quant) -> Tensor[]",
+)
 def _nf4_quantize_op(
     w: Tensor, n: int, k: int, block_size: int, double_quant: bool
 ) -> list[Tensor]:
@@ -71,30 +88,30 @@ def _(w: Tensor, n: int, k: int, block_size: int, double_quant: bool) -> list[Te
     return [part for part in out[:4] if part is not None]
 
 
-@torch.library.custom_op("qlora_native::nf4_dequantize", mutates_args=())
-def _nf4_dequantize_op(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    n: int,
-    k: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    weight = NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
-    return _dequantize(weight, dtype)
+@torch.library.custom_op(
+    "qlora_native::nf4_dequantize",
+    mutates_args=(),
+    schema=f"({NF4_SCHEMA}, ScalarType dtype) -> Tensor",
+)
+def _nf4_dequantize_op(*arguments: Any) -> Tensor:
+    *weight, dtype = arguments
+    return _dequantize(NF4Tensors(*weight), dtype)
 
 
 @_nf4_dequantize_op.register_fake
-def _(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    n: int,
-    k: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty((n, k), dtype=dtype)
+def _(*arguments: Any) -> Tensor:
+    *parts, dtype = arguments
+    weight = NF4Tensors(*parts)
+    return weight.codes.new_empty((weight.n, weight.k), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "qlora_native::nf4_dequantize_absmax", mutates_args=(), schema=f"({NF4_SCHEMA}) -> Tensor"
+)
+def _nf4_dequantize_absmax_op(*weight: Any) -> Tensor:
+    return _dequantize_absmax(NF4Tensors(*weight))
+
+
+@_nf4_dequantize_absmax_op.register_fake
+def _(codes: Tensor, absmax: Tensor, *_: Any) -> Tensor:
+    return codes.new_empty(absmax.shape[0], dtype=torch.float32)

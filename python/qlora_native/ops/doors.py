@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+from qlora_native.ops.storage import PLAIN_TYPES
 
 
 def needs_dispatcher(*tensors: Tensor | None) -> bool:
@@ -12,12 +13,23 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     True when compiling or tracing, under a dispatch mode or a functorch transform, for tensor
     subclasses and on the meta device. Otherwise the direct door gives the same result without the
     dispatcher's cost (about 50 µs, forward + backward).
+
+    Raises NotImplementedError while forward-mode derivatives are taken (torch.func.jvp, jacfwd):
+    an operator of torch.library would drop the tangent without a word.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return True
-    return any(
-        tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_meta)
-        for tensor in tensors
+    is_intercepted = (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(
+            tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_meta)
+            for tensor in tensors
+        )
     )
+    if is_intercepted and forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "qlora_native has no forward-mode derivatives (torch.func.jvp, jacfwd, "
+            "torch.autograd.forward_ad); use the reverse mode, torch.autograd.grad"
+        )
+    return bool(is_intercepted)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qlora_native.ops.base_product import base_forward, base_grad_input
+from qlora_native.ops.base_product import base_forward, base_grad_input, with_shape
 from qlora_native.ops.doors import needs_dispatcher
-from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors
+from qlora_native.ops.storage import FLOAT_DTYPES, NF4_SCHEMA, NF4Tensors
 
 
 def nf4_linear(x: Tensor, weight: NF4Tensors, bias: Tensor | None = None) -> Tensor:
@@ -57,13 +57,13 @@ def check_bias(operation: str, x: Tensor, bias: Tensor | None, n: int) -> None:
 def forward(x: Tensor, bias: Tensor | None, weight: NF4Tensors) -> Tensor:
     """nf4_linear of x of any rank, without autograd."""
     y = base_forward(x.reshape(-1, weight.k), weight, bias)
-    return y.view(*x.shape[:-1], weight.n)
+    return with_shape(y, *x.shape[:-1], weight.n)
 
 
 def grad_input(dy: Tensor, weight: NF4Tensors) -> Tensor:
     """The gradient of nf4_linear with respect to x, without autograd."""
     dx = base_grad_input(dy.reshape(-1, weight.n), weight)
-    return dx.view(*dy.shape[:-1], weight.k)
+    return with_shape(dx, *dy.shape[:-1], weight.k)
 
 
 def grad_bias(dy: Tensor) -> Tensor:
@@ -117,35 +117,22 @@ def _gradients_of_grad_input(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]
     return nf4_linear(ddx, _saved_weight(ctx)), *(None,) * 7
 
 
-@torch.library.custom_op("qlora_native::nf4_linear", mutates_args=())
-def _nf4_linear_op(
-    x: Tensor,
-    bias: Tensor | None,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    n: int,
-    k: int,
-    block_size: int,
-) -> Tensor:
-    weight = NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
-    return forward(x, bias, weight)
+@torch.library.custom_op(
+    "qlora_native::nf4_linear",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? bias, {NF4_SCHEMA}) -> Tensor",
+)
+def _nf4_linear_op(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    return forward(x, bias, NF4Tensors(*weight))
 
 
-@torch.library.custom_op("qlora_native::nf4_linear_grad_input", mutates_args=())
-def _nf4_linear_grad_input_op(
-    dy: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    n: int,
-    k: int,
-    block_size: int,
-) -> Tensor:
-    weight = NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
-    return grad_input(dy, weight)
+@torch.library.custom_op(
+    "qlora_native::nf4_linear_grad_input",
+    mutates_args=(),
+    schema=f"(Tensor dy, {NF4_SCHEMA}) -> Tensor",
+)
+def _nf4_linear_grad_input_op(dy: Tensor, *weight: Any) -> Tensor:
+    return grad_input(dy, NF4Tensors(*weight))
 
 
 @_nf4_linear_op.register_fake

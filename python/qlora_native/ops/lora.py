@@ -13,6 +13,7 @@ from qlora_native.ops.base_product import (
     base_forward,
     base_grad_input,
     prefers_native,
+    with_shape,
 )
 from qlora_native.ops.doors import needs_dispatcher
 from qlora_native.ops.linear import (
@@ -21,7 +22,7 @@ from qlora_native.ops.linear import (
     grad_bias,
     nf4_linear_grad_input,
 )
-from qlora_native.ops.storage import NF4Tensors, execution
+from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution
 
 
 class LoRAFactors(NamedTuple):
@@ -51,9 +52,9 @@ def lora_linear(
         weight: the frozen base: NF4, or a dense `[n, k]` of x's dtype that does not require a
             gradient.
         bias: `[n]` of x's dtype, or None.
-        lora_a: `[r, k]`, any float dtype; rounded to x's dtype once a call, its gradient is in its
-            own.
-        lora_b: `[n, r]`, likewise.
+        lora_a: `[r, k]`, float32, bfloat16 or float16; rounded to x's dtype once a call, its
+            gradient is in its own.
+        lora_b: `[n, r]`, of lora_a's dtype.
         scaling: the factor of the update, alpha / r as a rule.
         p: the probability with which an element of x is dropped before A, 0 <= p < 1.
         seed: int64 `[1]` on x's device; together with an element's index it decides what is
@@ -76,6 +77,16 @@ def lora_linear(
         raise ValueError(
             f"lora_linear: lora_a has shape {list(lora_a.shape)} and lora_b {list(lora_b.shape)}, "
             f"want [r, {k}] and [{n}, r]"
+        )
+    if lora_a.dtype not in FLOAT_DTYPES or lora_b.dtype != lora_a.dtype:
+        raise ValueError(
+            f"lora_linear: lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}, want one dtype of "
+            "float32, bfloat16 and float16 for both"
+        )
+    if lora_a.device != x.device or lora_b.device != x.device:
+        raise ValueError(
+            f"lora_linear: lora_a is on {lora_a.device} and lora_b on {lora_b.device}, x is on "
+            f"{x.device}"
         )
     if p == 0.0:
         seed = None
@@ -173,11 +184,11 @@ class _LoRALinear(torch.autograd.Function):
         factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
         y, t = forward(x.reshape(-1, x.shape[-1]), weight, bias, factors)
         _save(ctx, (x, bias, lora_a, lora_b, seed, *rest), t)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return with_shape(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, _backward_2d)
+        return _gradients(ctx, dy, _backward_any_rank)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], t: Tensor) -> None:
@@ -221,13 +232,14 @@ def _differentiable_backward(
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
     dense = isinstance(weight, Tensor)
     dx = torch.matmul(dy, weight) if dense else nf4_linear_grad_input(dy, weight)
-    mask = _dropped(torch.ones_like(x), factors)
-    dropped = (x * mask).flatten(0, -2).float()
+    mask = _dropped(torch.ones_like(x, memory_format=torch.contiguous_format), factors)
+    n, k = dy.shape[-1], x.shape[-1]
+    dropped = (x * mask).reshape(-1, k).float()
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     u = torch.matmul(dy, b) * scaling
     t = torch.mm(dropped.to(x.dtype), a.t())
-    grad_a = torch.mm(u.flatten(0, -2).float().t(), dropped)
-    grad_b = torch.mm(dy.flatten(0, -2).float().t(), t.float()) * scaling
+    grad_a = torch.mm(u.reshape(-1, u.shape[-1]).float().t(), dropped)
+    grad_b = torch.mm(dy.reshape(-1, n).float().t(), t.float()) * scaling
     return (
         dx + torch.matmul(u, a) * mask,
         grad_a.to(lora_a.dtype),
@@ -235,86 +247,68 @@ def _differentiable_backward(
     )
 
 
-def _backward_2d(
+def _backward_any_rank(
     dy: Tensor,
     x: Tensor,
     t: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     seed: Tensor | None,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    n: int,
-    k: int,
-    block_size: int,
-    scaling: float,
-    p: float,
-    needs_dx: bool,
+    *rest: Any,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """`backward` on x of any rank, with the arguments of the operator."""
-    base = _weight_of((weight, absmax, nested_absmax, nested_offset, n, k, block_size))
+    """`backward` with the arguments of the operator."""
+    *base, scaling, p, needs_dx = rest
+    weight = _weight_of(tuple(base))
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    dx, grad_a, grad_b = backward(dy.reshape(-1, n), x.reshape(-1, k), t, base, factors, needs_dx)
-    return None if dx is None else dx.view(x.shape), grad_a, grad_b
+    dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx, grad_a, grad_b = backward(dy_rows, x_rows, t, weight, factors, needs_dx)
+    return None if dx is None else with_shape(dx, *x.shape), grad_a, grad_b
 
 
-@torch.library.custom_op("qlora_native::lora_linear", mutates_args=())
+# A base in an operator's schema: NF4Tensors, or a dense weight without scales.
+_BASE_SCHEMA = (
+    "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+    "SymInt n, SymInt k, SymInt block_size"
+)
+
+
+@torch.library.custom_op(
+    "qlora_native::lora_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? seed, "
+    f"{_BASE_SCHEMA}, float scaling, float p) -> (Tensor, Tensor)",
+)
 def _lora_linear_op(
     x: Tensor,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
     seed: Tensor | None,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    n: int,
-    k: int,
-    block_size: int,
-    scaling: float,
-    p: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    base = _weight_of((weight, absmax, nested_absmax, nested_offset, n, k, block_size))
+    *base, scaling, p = rest
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    y, t = forward(x.reshape(-1, k), base, bias, factors)
-    return y.view(*x.shape[:-1], n), t
+    y, t = forward(x.reshape(-1, x.shape[-1]), _weight_of(tuple(base)), bias, factors)
+    return with_shape(y, *x.shape[:-1], y.shape[-1]), t
 
 
 @_lora_linear_op.register_fake
 def _(
-    x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, *rest: Any
+    x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     n, k = lora_b.shape[0], lora_a.shape[1]
     return x.new_empty(*x.shape[:-1], n), x.new_empty(x.numel() // k, lora_a.shape[0])
 
 
-@torch.library.custom_op("qlora_native::lora_linear_backward", mutates_args=())
-def _lora_linear_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    t: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    seed: Tensor | None,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    n: int,
-    k: int,
-    block_size: int,
-    scaling: float,
-    p: float,
-    needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "qlora_native::lora_linear_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor t, Tensor lora_a, Tensor lora_b, Tensor? seed, "
+    f"{_BASE_SCHEMA}, float scaling, float p, bool needs_dx) -> (Tensor, Tensor, Tensor)",
+)
+def _lora_linear_backward_op(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """An operator has no optional outputs: dx is empty unless asked for."""
-    dx, grad_a, grad_b = _backward_2d(
-        dy, x, t, lora_a, lora_b, seed, weight, absmax, nested_absmax, nested_offset,
-        n, k, block_size, scaling, p, needs_dx,
-    )  # fmt: skip
+    dx, grad_a, grad_b = _backward_any_rank(dy, x, *rest)
     return x.new_empty(0) if dx is None else dx, grad_a, grad_b
 
 
@@ -322,13 +316,11 @@ def _lora_linear_backward_op(
 def _(
     dy: Tensor, x: Tensor, t: Tensor, lora_a: Tensor, lora_b: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    def empty_like(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
     needs_dx = rest[-1]
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
-    return (
-        dx,
-        torch.empty_like(lora_a, memory_format=torch.contiguous_format),
-        torch.empty_like(lora_b, memory_format=torch.contiguous_format),
-    )
+    return empty_like(x) if needs_dx else x.new_empty(0), empty_like(lora_a), empty_like(lora_b)
 
 
 def _setup_context(

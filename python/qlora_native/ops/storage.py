@@ -7,7 +7,13 @@ from torch import Tensor
 
 NESTED_BLOCK = 256  # blocks that share one nested scale
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# NF4Tensors in an operator's schema. Schemas are written out because torch 2.6 cannot infer these.
+NF4_SCHEMA = (
+    "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+    "SymInt n, SymInt k, SymInt block_size"
+)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # any other tensor may keep its memory elsewhere
 
 
 class NF4Tensors(NamedTuple):

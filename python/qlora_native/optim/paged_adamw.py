@@ -1,18 +1,32 @@
 """PagedAdamW and PagedAdamW8bit: AdamW in one native call for a list of parameters."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_native import _core
-from qlora_native.ops.storage import execution
+from qlora_native.ops.storage import FLOAT_DTYPES, PLAIN_TYPES, execution
 
 _BLOCK = 256  # elements of 8-bit state that share a scale
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize")
 _STATE_32BIT = ("exp_avg", "exp_avg_sq")
 _STATE_8BIT = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
+
+
+class _Batch(NamedTuple):
+    """Parameters that one call of the core steps: of one device, kind of state and step count."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    is_8bit: bool
+    steps_done: int
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -29,7 +43,8 @@ class PagedAdamW(torch.optim.Optimizer):
     with one difference: this class keeps the moments in fp32 for 16-bit parameters too.
 
     Parameters, gradients and state are on the CPU, where state lives in ordinary memory, which the
-    system pages. A CUDA parameter raises NotImplementedError at the first step.
+    system pages. A CUDA parameter raises NotImplementedError at the first step. Of a sharded
+    parameter (DTensor, as FSDP2 makes them) each rank steps its own part.
 
     Args:
         params: parameters or groups, as for every torch optimiser.
@@ -76,21 +91,25 @@ class PagedAdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient; returns the closure's loss.
 
         Raises:
-            ValueError: a gradient is sparse, or does not fit its parameter.
+            ValueError: a gradient is sparse or does not fit its parameter, a parameter is of no
+                float dtype that the core has, or a number is out of its range. Nothing has then
+                been updated.
             NotImplementedError: a parameter is on a device that has no such operation yet.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        # All groups are checked before the first is updated.
+        batches = [batch for group in self.param_groups for batch in self._batches_of(group)]
+        for batch in batches:
+            self._step_batch(batch)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class or, in 32 bits, of `torch.optim.AdamW`.
 
-        The moments keep their own dtype.
+        The moments are kept in fp32 (8-bit codes: as they are), whatever the parameter's dtype.
 
         Raises:
             ValueError: the state is of another kind of optimiser, or of parameters of other shapes.
@@ -112,8 +131,7 @@ class PagedAdamW(torch.optim.Optimizer):
             hook.remove()
         for param, state in self._pair_with_parameters(given):
             self.state[param] = {
-                name: value.to("cpu" if name == "step" else param.device, copy=True)
-                for name, value in state.items()
+                name: _own_copy(name, value, param.device) for name, value in state.items()
             }
 
     # ---- what a kind of state decides
@@ -124,37 +142,75 @@ class PagedAdamW(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
         for key in ("lr", "eps", "weight_decay"):
-            if not float(group[key]) >= 0.0:
-                raise ValueError(f"{name}: {key} is {group[key]}, want at least 0")
+            if not 0.0 <= float(group[key]) < math.inf:
+                raise ValueError(
+                    f"{name}: {key} is {group[key]}, want a finite number of at least 0"
+                )
+        if len(group["betas"]) != 2:
+            raise ValueError(f"{name}: betas is {group['betas']}, want two numbers")
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name}: betas[{i}] is {beta}, want 0 <= beta < 1")
 
     # ---- one step
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        # One call of the core takes the parameters of one device, kind of state and step count:
-        # nearly always all of them.
+    def _batches_of(self, group: dict[str, Any]) -> list[_Batch]:
+        """The parameters that have a gradient: one batch, as a rule."""
+        self._check_group(group)
         batches: dict[tuple[torch.device, bool, int], list[Tensor]] = defaultdict(list)
         for param in group["params"]:
             if param.grad is None:
                 continue
-            if param.grad.is_sparse:
-                raise ValueError(f"{type(self).__name__}: a gradient is sparse, want a dense one")
-            state = self.state[param]
-            if not state:
-                self._init_state(param, state)
-            batches[param.device, "exp_avg_absmax" in state, int(state["step"])].append(param)
-        for (_, is_8bit, steps_done), params in batches.items():
-            self._step_batch(group, params, is_8bit, steps_done + 1)
+            state = self.state.get(param)
+            is_8bit = "exp_avg_absmax" in state if state else self._keeps_8bit_state(param)
+            self._check_gradient(param, param.grad)
+            self._check_memory(param, is_8bit)
+            steps_done = int(state["step"]) if state else 0
+            batches[param.device, is_8bit, steps_done].append(param)
+        return [
+            _Batch(group, params, is_8bit, steps_done)
+            for (_, is_8bit, steps_done), params in batches.items()
+        ]
 
-    def _step_batch(
-        self, group: dict[str, Any], params: list[Tensor], is_8bit: bool, step: int
-    ) -> None:
-        # The core wants contiguous memory; a parameter that is not is stepped as a copy.
-        dense = [param if param.is_contiguous() else param.contiguous() for param in params]
-        grads = [param.grad.contiguous() for param in params]
+    def _check_gradient(self, param: Tensor, grad: Tensor) -> None:
+        name = type(self).__name__
+        if grad.layout is not torch.strided:
+            raise ValueError(f"{name}: a gradient is sparse ({grad.layout}), want a dense one")
+        if param.dtype not in FLOAT_DTYPES or grad.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{name}: a parameter is {param.dtype} and its gradient {grad.dtype}, "
+                f"want one of {FLOAT_DTYPES}"
+            )
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"{name}: a gradient has shape {list(grad.shape)}, its parameter "
+                f"{list(param.shape)}"
+            )
+
+    def _check_memory(self, param: Tensor, is_8bit: bool) -> None:
+        """The core takes addresses: of a tensor subclass it must be known what is there."""
+        if type(param) in PLAIN_TYPES:
+            return
+        name = f"{type(self).__name__}: a parameter is a {type(param).__name__}"
+        if isinstance(param, FakeTensor):
+            raise NotImplementedError(f"{name}, which has no memory to step")
+        if is_traceable_wrapper_subclass(param) and not hasattr(param, "to_local"):
+            raise NotImplementedError(f"{name}, a tensor made of other tensors: want a plain one")
+        if is_8bit and hasattr(param, "to_local"):
+            raise NotImplementedError(
+                f"{name}; sharded parameters have no 8-bit state yet: use PagedAdamW"
+            )
+
+    def _step_batch(self, batch: _Batch) -> None:
+        group, params, is_8bit, steps_done = batch
+        for param in params:
+            if not self.state[param]:
+                self._init_state(param, self.state[param], is_8bit)
         states = [self.state[param] for param in params]
+        local = [_local(param) for param in params]
+        # The core wants contiguous memory; a parameter that is not is stepped as a copy.
+        dense = [param.contiguous() for param in local]
+        grads = [_local(param.grad).contiguous() for param in params]
         names = _STATE_8BIT if is_8bit else _STATE_32BIT
         num_threads, stream = execution(dense[0])
         beta1, beta2 = group["betas"]
@@ -162,33 +218,37 @@ class PagedAdamW(torch.optim.Optimizer):
         core_step(
             dense,
             grads,
-            *([state[name] for state in states] for name in names),
+            *([_local(state[name]) for state in states] for name in names),
             lr=float(group["lr"]),
             beta1=float(beta1),
             beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=step,
-            maximize=group["maximize"],
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            step=steps_done + 1,
+            maximize=bool(group["maximize"]),
             num_threads=num_threads,
             stream=stream,
         )
-        for param, stepped, state in zip(params, dense, states, strict=True):
+        for param, stepped, state in zip(local, dense, states, strict=True):
             if stepped is not param:
                 param.copy_(stepped)
+            else:
+                increment_version(param)  # so that autograd sees the write, as of any in-place one
             state["step"] += 1
 
-    def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        if not self._keeps_8bit_state(param):
-            for name in _STATE_32BIT:
-                state[name] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-            return
-        blocks = -(-param.numel() // _BLOCK)
+    def _init_state(self, param: Tensor, state: dict[str, Any], is_8bit: bool) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name in _STATE_32BIT:
-            # A scale of zero makes every code stand for zero.
-            state[name] = torch.zeros(param.shape, dtype=torch.uint8, device=param.device)
-            state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+            # As 8-bit codes any bytes do: a scale of zero makes every code stand for zero.
+            state[name] = torch.zeros_like(
+                param,
+                dtype=torch.uint8 if is_8bit else torch.float32,
+                memory_format=torch.contiguous_format,
+            )
+            if is_8bit:
+                state[f"{name}_absmax"] = torch.zeros(
+                    _block_count(param), dtype=torch.float32, device=param.device
+                )
 
     # ---- loading
 
@@ -209,10 +269,22 @@ class PagedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"{name}: the state dict has groups of {sizes} parameters, want {own_sizes}"
             )
-        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError(
-                f"{name}: the state dict is of AdamW with amsgrad, which is not done here"
-            )
+        for group in state_dict["param_groups"]:
+            missing = [name for name in _SETTINGS if name not in group]
+            if missing:
+                raise ValueError(
+                    f"{name}: the state dict is of another kind of optimiser: a group has no "
+                    + ", ".join(missing)
+                )
+            if group.get("amsgrad"):
+                raise ValueError(
+                    f"{name}: the state dict is of AdamW with amsgrad, which is not done here"
+                )
+            if group.get("decoupled_weight_decay") is False:
+                raise ValueError(
+                    f"{name}: the state dict is of Adam, whose weight decay is not decoupled"
+                )
+            self._check_group(group)
         for i, (param, state) in enumerate(self._pair_with_parameters(state_dict)):
             self._check_state(f"{name}: state of parameter {i}", param, state)
 
@@ -230,6 +302,13 @@ class PagedAdamW(torch.optim.Optimizer):
             if (value.dtype == torch.uint8) != is_8bit:
                 wanted_dtype = "uint8" if is_8bit else "a float dtype"
                 raise ValueError(f"{where}: {moment} is {value.dtype}, want {wanted_dtype}")
+            if is_8bit:
+                absmax, blocks = state[f"{moment}_absmax"], _block_count(param)
+                if absmax.shape != (blocks,) or absmax.dtype != torch.float32:
+                    raise ValueError(
+                        f"{where}: {moment}_absmax is {absmax.dtype} {list(absmax.shape)}, "
+                        f"want torch.float32 [{blocks}]"
+                    )
 
 
 class PagedAdamW8bit(PagedAdamW):
@@ -269,3 +348,26 @@ class PagedAdamW8bit(PagedAdamW):
 
     def _keeps_8bit_state(self, param: Tensor) -> bool:
         return param.numel() >= self.min_8bit_size
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle keep: an Optimizer keeps its groups and state alone."""
+        return {**super().__getstate__(), "min_8bit_size": self.min_8bit_size}
+
+
+def _block_count(param: Tensor) -> int:
+    return -(-param.numel() // _BLOCK)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, and any other tensor itself."""
+    if type(tensor) in PLAIN_TYPES or not hasattr(tensor, "to_local"):
+        return tensor
+    return tensor.to_local()
+
+
+def _own_copy(name: str, value: Any, device: torch.device) -> Tensor:
+    """A loaded piece of state as this library keeps it: contiguous, moments in fp32 or uint8."""
+    if name == "step":
+        return torch.as_tensor(value, dtype=torch.float32, device="cpu").clone().reshape(())
+    dtype = torch.uint8 if value.dtype == torch.uint8 else torch.float32
+    return value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)

@@ -1,0 +1,38 @@
+"""What every test gets: fixed seeds, fixed threads, and a skip for tests that need a GPU."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers and bitsandbytes are imported
+
+import random
+
+import pytest
+import torch
+
+import qlora_native
+
+THREADS = 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not qlora_native.build_info()["cuda"]:
+        reason = "this build has no CUDA backend"
+    elif not torch.cuda.is_available():
+        reason = "torch sees no GPU"
+    else:
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds_and_threads():
+    random.seed(0)
+    torch.manual_seed(0)
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
+    yield
+    # A test that leaves these changed would make others depend on its having run.
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()

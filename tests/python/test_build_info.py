@@ -1,0 +1,115 @@
+"""build_info: what was built, and which instruction set runs."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qlora_native
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_it_says_what_was_built():
+    info = qlora_native.build_info()
+    assert set(info) == {
+        "version",
+        "cxx_compiler",
+        "cpu_sets",
+        "cpu_set",
+        "cuda",
+        "cuda_compiler",
+        "cuda_archs",
+    }
+    assert "scalar" in info["cpu_sets"]
+    assert info["cpu_set"] in info["cpu_sets"]
+    assert info["cxx_compiler"]
+    assert isinstance(info["cuda"], bool)
+    assert bool(info["cuda_compiler"]) == bool(info["cuda_archs"]) == info["cuda"]
+
+
+def test_its_version_is_that_of_the_installed_package():
+    version = importlib.metadata.version("qlora_native")
+    assert qlora_native.build_info()["version"] == qlora_native.__version__ == version
+
+
+def test_the_public_names_are_there():
+    for name in qlora_native.__all__:
+        assert hasattr(qlora_native, name)
+
+
+QUANTISE = """
+import torch, qlora_native
+torch.manual_seed(0)
+weight = qlora_native.nf4_quantize(torch.randn(33, 65))
+print(qlora_native.build_info()["cpu_set"], weight.codes.sum().item())
+"""
+
+
+@pytest.mark.parametrize("cpu_set", qlora_native.build_info()["cpu_sets"])
+def test_the_environment_chooses_the_instruction_set(cpu_set):
+    result = run_python(QUANTISE, QLORA_NATIVE_CPU_ISA=cpu_set)
+    assert result.returncode == 0, result.stderr
+    torch.manual_seed(0)
+    codes = qlora_native.nf4_quantize(torch.randn(33, 65)).codes
+    assert result.stdout.split() == [cpu_set, str(codes.sum().item())]
+
+
+def test_an_empty_choice_is_none():
+    result = run_python("import qlora_native", QLORA_NATIVE_CPU_ISA="")
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_instruction_set_is_refused_and_the_known_ones_named():
+    result = run_python(QUANTISE, QLORA_NATIVE_CPU_ISA="mmx")
+    assert result.returncode != 0
+    assert "QLORA_NATIVE_CPU_ISA is 'mmx', but this build on this processor has:" in result.stderr
+    assert "scalar" in result.stderr
+
+
+def test_importing_needs_neither_transformers_nor_peft_nor_bitsandbytes():
+    code = """
+import sys
+import qlora_native
+optional = {"transformers", "peft", "bitsandbytes", "safetensors", "accelerate"}
+print(sorted(optional & set(sys.modules)))
+"""
+    result = run_python(code)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_core_call_from_many_threads_and_after_a_fork_works():
+    code = """
+import os, threading, torch, qlora_native
+torch.set_num_threads(4)
+w = torch.randn(512, 512)
+expected = qlora_native.nf4_quantize(w).dequantize()
+wrong = []
+def work():
+    for _ in range(20):
+        if not torch.equal(qlora_native.nf4_quantize(w).dequantize(), expected):
+            wrong.append(1)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+child = os.fork()
+if child == 0:
+    work()
+    os._exit(len(wrong) > 0)
+assert os.waitpid(child, 0)[1] == 0
+assert not wrong
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
