@@ -11,7 +11,9 @@ import torch
 
 import qlora_native
 
-THREADS = 2
+# One: on shared cores the threads of torch's own operations wait for each other far longer than
+# these small tensors take. Tests of threads set their number themselves.
+THREADS = 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

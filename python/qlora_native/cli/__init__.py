@@ -1,0 +1,1 @@
+"""The `qlora-native` command. transformers, safetensors and tqdm are needed here alone."""

@@ -1,0 +1,67 @@
+"""The options of the sub-commands, apart from their work: `--help` must not import transformers."""
+
+import argparse
+from pathlib import Path
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `qlora-native demo`."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("qlora_demo"),
+        metavar="DIR",
+        help="where the adapter, the report and metrics.json go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="train the base model even if it is in the cache"
+    )
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `qlora-native train`."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH_OR_ID", help="a transformers causal LM")
+    add("--data", required=True, type=Path, metavar="FILE.jsonl", help="one JSON object a line")
+    add("--output", required=True, type=Path, metavar="DIR", help="for adapter and metrics")
+    add("--overwrite", action="store_true", help="replace an adapter that is in --output")
+
+    columns = parser.add_argument_group("columns of the data")
+    add = columns.add_argument
+    add("--text-column", default="text", metavar="NAME", help="loss on all of it (default: text)")
+    add("--prompt-column", metavar="NAME", help="with --completion-column: no loss on this")
+    add("--completion-column", metavar="NAME", help="with --prompt-column: the loss is on this")
+
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--r", type=positive_int, default=16, help="rank (default: %(default)s)")
+    add("--lora-alpha", type=positive_float, default=32.0, help="default: %(default)s")
+    add("--lora-dropout", type=float, default=0.0, help="0 <= p < 1 (default: %(default)s)")
+    add("--lr", type=positive_float, default=2e-4, help="peak learning rate (default: %(default)s)")
+    add("--epochs", type=positive_int, default=1, help="default: %(default)s")
+    add("--max-steps", type=positive_int, help="stop there, before the epochs are over")
+    add("--batch-size", type=positive_int, default=4, help="examples (default: %(default)s)")
+    add("--max-length", type=positive_int, default=512, help="tokens (default: %(default)s)")
+    add(
+        "--optimizer",
+        choices=("paged_adamw", "paged_adamw8bit"),
+        default="paged_adamw",
+        help="default: %(default)s",
+    )
+    add("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"is {value}, want at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"is {text}, want a number above 0")
+    return value

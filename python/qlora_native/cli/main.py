@@ -1,0 +1,102 @@
+"""Entry point: `qlora-native demo | train | info`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from qlora_native import build_info
+from qlora_native.cli import arguments
+from qlora_native.cli.errors import CommandError
+
+EXTRA_PACKAGES = ("transformers", "safetensors", "tokenizers", "tqdm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (by default the process's own); returns the exit code.
+
+    0: done. 2: the request cannot be met, and stderr says why. Anything else that goes wrong is a
+    fault of this program and keeps its traceback.
+    """
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except CommandError as error:
+        print(f"qlora-native {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="qlora-native", description="QLoRA, natively: fine-tune on a 4-bit base."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|train|info")
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole of QLoRA on this machine in some minutes, without a download",
+        description="Train a small Llama, quantise it to 4 bits, fine-tune it by LoRA, judge it, "
+        "save it, load it and merge it; every figure is measured on the way.",
+    )
+    arguments.add_demo_arguments(demo)
+    demo.set_defaults(run=run_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a transformers model on a JSONL file",
+        description="Load a causal language model, quantise it to 4 bits, train LoRA on the lines "
+        "of a JSONL file, and save the adapter in PEFT's format. Runs on the CPU.",
+    )
+    arguments.add_train_arguments(train)
+    train.set_defaults(run=run_train)
+
+    info = commands.add_parser("info", help="what this build has, and what it uses here")
+    info.set_defaults(run=run_info)
+    return parser
+
+
+def run_info(_: argparse.Namespace) -> None:
+    """Print what the native core was built with."""
+    build = build_info()
+    rows = {
+        "version": build["version"],
+        "C++ compiler": build["cxx_compiler"],
+        "CPU instruction sets": ", ".join(build["cpu_sets"]),
+        "  in use": build["cpu_set"],
+        "CUDA": build["cuda_compiler"] if build["cuda"] else "not built",
+    }
+    if build["cuda"]:
+        rows["  architectures"] = build["cuda_archs"]
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {value}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """The sub-command `demo`; its imports cost seconds, so they wait until they are needed."""
+    try:
+        from qlora_native.cli import demo
+    except ImportError as error:
+        raise _explain_import(error) from error
+    demo.run(args)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """The sub-command `train`."""
+    try:
+        from qlora_native.cli import train
+    except ImportError as error:
+        raise _explain_import(error) from error
+    train.run(args)
+
+
+def _explain_import(error: ImportError) -> Exception:
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRA_PACKAGES:
+        return error
+    return CommandError(f"this needs {package}: pip install 'qlora_native[train]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Adapters travel between this library and PEFT without a change."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora_native import LoRALinear, NF4Linear, add_lora, merge_lora, quantize_model
+from qlora_native.hf import load_lora, save_lora
+
+TOKENS = torch.arange(2 * 12).reshape(2, 12) * 5 % 96
+
+
+def make_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_dense_twin(quantized):
+    """The same model with dense layers that hold the dequantised weights."""
+    twin = copy.deepcopy(quantized)
+    layers = [(name, m) for name, m in twin.named_modules() if isinstance(m, NF4Linear)]
+    for name, layer in layers:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        dense.weight.data.copy_(layer.dequantize(torch.float32))
+        twin.set_submodule(name, dense)
+    return twin
+
+
+def randomize_lora_b(model):
+    """B starts at zero; an adapter that does nothing would prove nothing."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            nn.init.normal_(module.lora_b, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS).logits
+
+
+@pytest.fixture
+def quantized():
+    return quantize_model(make_llama())
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "down_proj"]])
+def test_peft_loads_what_is_saved_here(quantized, tmp_path, use_rslora, target_modules):
+    dense = make_dense_twin(quantized)
+    base_logits = logits(quantized)
+    add_lora(quantized, r=4, lora_alpha=6, use_rslora=use_rslora, target_modules=target_modules)
+    randomize_lora_b(quantized)
+    save_lora(quantized, tmp_path)
+
+    expected = logits(quantized)
+    by_peft = peft.PeftModel.from_pretrained(dense, tmp_path)
+    assert (expected - base_logits).abs().max() > 0.01
+    torch.testing.assert_close(logits(by_peft), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_what_peft_saves_loads_here(quantized, tmp_path, use_rslora):
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        lora_dropout=0.1,
+        use_rslora=use_rslora,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        rank_pattern={"model.layers.1.self_attn.q_proj": 2},
+        alpha_pattern={"up_proj": 3},
+        init_lora_weights=False,
+    )
+    torch.manual_seed(2)
+    by_peft = peft.get_peft_model(make_dense_twin(quantized), config).eval()
+    by_peft.save_pretrained(tmp_path)
+
+    load_lora(quantized, tmp_path).eval()
+    torch.testing.assert_close(logits(quantized), logits(by_peft), rtol=1e-4, atol=1e-5)
+    layers = {name: m for name, m in quantized.named_modules() if isinstance(m, LoRALinear)}
+    assert len(layers) == 6
+    assert layers["model.layers.1.self_attn.q_proj"].r == 2
+    assert layers["model.layers.0.self_attn.q_proj"].r == 4
+    assert layers["model.layers.0.mlp.up_proj"].lora_alpha == 3
+    assert all(layer.lora_dropout == 0.1 for layer in layers.values())
+    trained = {name for name, p in quantized.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.lora_{factor}" for name in layers for factor in "ab"}
+
+
+def test_round_trip_is_exact_on_a_fresh_and_on_an_equipped_model(quantized, tmp_path):
+    fresh, equipped = copy.deepcopy(quantized), add_lora(copy.deepcopy(quantized), r=4)
+    save_lora(randomize_lora_b(add_lora(quantized, r=4)), tmp_path)
+    expected = logits(quantized)
+    assert torch.equal(logits(load_lora(fresh, tmp_path)), expected)
+    assert not torch.equal(logits(equipped), expected)
+    assert torch.equal(logits(load_lora(equipped, tmp_path)), expected)
+
+
+def test_layers_of_different_rank_and_alpha_are_saved(quantized, tmp_path):
+    dense = make_dense_twin(quantized)
+    fresh = copy.deepcopy(quantized)
+    add_lora(quantized, r=4, lora_alpha=8)
+    name = "model.layers.1.mlp.gate_proj"
+    base = quantized.get_submodule(name).base
+    quantized.set_submodule(name, LoRALinear(base, r=8, lora_alpha=4).eval())
+    save_lora(randomize_lora_b(quantized), tmp_path)
+
+    expected = logits(quantized)
+    assert torch.equal(logits(load_lora(fresh, tmp_path)), expected)
+    by_peft = peft.PeftModel.from_pretrained(dense, tmp_path)
+    torch.testing.assert_close(logits(by_peft), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_files_have_pefts_form(quantized, tmp_path):
+    save_lora(add_lora(quantized, r=4), tmp_path / "new" / "folder", "some/base")
+    folder = tmp_path / "new" / "folder"
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert len(file.keys()) == 2 * 2 * 7
+        prefix = "base_model.model.model.layers.0.mlp.down_proj"
+        assert file.get_slice(f"{prefix}.lora_A.weight").get_shape() == [4, 160]
+        assert file.get_slice(f"{prefix}.lora_B.weight").get_shape() == [64, 4]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/base"
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert peft.LoraConfig.from_pretrained(folder).r == 4
+
+
+def test_whole_names_are_used_where_short_ones_would_hit_too_much(quantized, tmp_path):
+    dense = make_dense_twin(quantized)
+    target = "model.layers.1.self_attn.q_proj"
+    save_lora(randomize_lora_b(add_lora(quantized, r=4, target_modules=[target])), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == [target]
+    by_peft = peft.PeftModel.from_pretrained(dense, tmp_path)
+    torch.testing.assert_close(logits(by_peft), logits(quantized), rtol=1e-4, atol=1e-5)
+
+
+def test_names_that_peft_could_not_tell_apart_are_refused(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "outer": nn.ModuleDict({"a": nn.Linear(8, 8)})})
+    model["a"] = LoRALinear(model["a"], r=2)
+    with pytest.raises(ValueError, match=r"these as well, which have no LoRA: outer\.a"):
+        save_lora(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_refuses_a_model_without_lora_and_mixed_dropout(quantized, tmp_path):
+    with pytest.raises(ValueError, match="has no LoRALinear"):
+        save_lora(quantized, tmp_path)
+    add_lora(quantized, r=4)
+    quantized.model.layers[0].mlp.up_proj.lora_dropout = 0.5
+    with pytest.raises(ValueError, match=r"lora_dropout are \[0\.0, 0\.5\], want one value"):
+        save_lora(quantized, tmp_path)
+
+
+class TestLoadRefuses:
+    """Every refusal names what differs and leaves the model as it was."""
+
+    @pytest.fixture
+    def folder(self, quantized, tmp_path):
+        save_lora(randomize_lora_b(add_lora(copy.deepcopy(quantized), r=4)), tmp_path)
+        return tmp_path
+
+    @pytest.fixture(autouse=True)
+    def model_is_left_as_it_was(self, quantized, folder):
+        quantized.lm_head.requires_grad_(True)  # load_lora would freeze it
+        before = logits(quantized)
+        yield
+        assert torch.equal(logits(quantized), before)
+        assert not any(isinstance(module, LoRALinear) for module in quantized.modules())
+        assert quantized.lm_head.weight.requires_grad
+
+    def edit_tensors(self, folder, edit):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+    def edit_config(self, folder, **changes):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def test_keys_and_shapes_that_do_not_fit(self, quantized, folder):
+        q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+        def edit(tensors):
+            del tensors[f"{q}.lora_B.weight"]
+            tensors["base_model.model.lm_head.weight"] = torch.zeros(2)
+            tensors["base_model.model.nowhere.lora_A.weight"] = torch.zeros(4, 8)
+            tensors["base_model.model.nowhere.lora_B.weight"] = torch.zeros(8, 4)
+            name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+            tensors[name] = tensors[name][:3].contiguous()
+
+        self.edit_tensors(folder, edit)
+        with pytest.raises(ValueError, match="does not fit the model") as error:
+            load_lora(quantized, folder)
+        assert set(str(error.value).splitlines()[1:]) == {
+            "  base_model.model.lm_head.weight: not a factor of a plain LoRA layer",
+            "  model.layers.0.self_attn.q_proj: lora_B is missing",
+            "  nowhere: the model has no such module",
+            "  model.layers.1.mlp.up_proj: lora_A is [3, 64], want [4, 64]",
+        }
+
+    def test_a_module_that_is_no_linear_layer(self, quantized, folder):
+        def edit(tensors):
+            for factor in "AB":
+                tensors[f"base_model.model.model.norm.lora_{factor}.weight"] = torch.zeros(4, 4)
+
+        self.edit_tensors(folder, edit)
+        with pytest.raises(ValueError, match=r"model\.norm: base is LlamaRMSNorm, want"):
+            load_lora(quantized, folder)
+
+    def test_layers_that_only_the_model_has(self, quantized, folder):
+        def edit(tensors):
+            for factor in "AB":
+                del tensors[f"base_model.model.model.layers.0.mlp.up_proj.lora_{factor}.weight"]
+
+        self.edit_tensors(folder, edit)
+        equipped = add_lora(copy.deepcopy(quantized), r=4)
+        with pytest.raises(ValueError, match=r"0\.mlp\.up_proj: the file has no such layer"):
+            load_lora(equipped, folder)
+
+    def test_another_scaling(self, quantized, folder):
+        equipped = add_lora(copy.deepcopy(quantized), r=4, lora_alpha=32)
+        before = logits(equipped)
+        with pytest.raises(ValueError, match=r"is \(4, 16, False\), the model's is \(4, 32, Fal"):
+            load_lora(equipped, folder)
+        assert torch.equal(logits(equipped), before)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"use_dora": True}, "use_dora=True, want False"),
+            ({"bias": "all"}, "bias='all', want 'none'"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*want None"),
+            ({"peft_type": "LOHA"}, "peft_type='LOHA', want 'LORA'"),
+            ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
+            ({"r": 8}, r"lora_A is \[4, 64\], want \[8, 64\]"),
+        ],
+    )
+    def test_a_config_that_means_something_else(self, quantized, folder, change, message):
+        self.edit_config(folder, **change)
+        with pytest.raises(ValueError, match=message):
+            load_lora(quantized, folder)
+
+    def test_missing_and_broken_files(self, quantized, folder):
+        with pytest.raises(FileNotFoundError, match=r"there is no .*adapter_config\.json"):
+            load_lora(quantized, folder / "elsewhere")
+        (folder / "adapter_model.safetensors").write_bytes(b"not safetensors at all")
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_lora(quantized, folder)
+        (folder / "adapter_config.json").write_text("{")
+        with pytest.raises(ValueError, match="is not JSON"):
+            load_lora(quantized, folder)
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        with pytest.raises(ValueError, match="has no r"):
+            load_lora(quantized, folder)
+        (folder / "adapter_model.safetensors").unlink()
+        self.edit_config(folder, r=4, lora_alpha=16)
+        with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
+            load_lora(quantized, folder)
+
+
+def test_merging_here_and_merging_by_peft_agree(quantized, tmp_path):
+    dense = make_dense_twin(quantized)
+    save_lora(randomize_lora_b(add_lora(quantized, r=4)), tmp_path)
+    by_peft = peft.PeftModel.from_pretrained(dense, tmp_path).merge_and_unload()
+    merged = merge_lora(quantized)
+    for name, weight in by_peft.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
