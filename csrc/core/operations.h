@@ -44,15 +44,15 @@ struct NF4Weight {
 };
 
 // ---- codec
-// ---------------------------------------------------------------------------------------------------------
 
 /// Quantises w[n,k] (float dtype) into `out`, whose tensors hold the right sizes already.
 ///
-///   absmax_b = max |w_e| over block b;   code_e = nearest NF4 level to w_e * (1 / absmax_b), a tie
-///   goes down a block of zeros gets code 7
-///   nested: offset = mean(absmax), summed in fp64 by runs of 256 in index order, then over the
-///   runs, rounded once; (absmax - offset) in blocks of 256 to the nearest entry of the signed
-///   dynamic map
+///   absmax_b = max |w_e| over block b
+///   code_e   = the NF4 level nearest to w_e * (1 / absmax_b); a tie goes down, a block of zeros
+///              gets code 7
+///   nested:    offset = mean(absmax), summed in fp64 by runs of 256 in index order, then over the
+///              runs, rounded once; (absmax - offset) in blocks of 256, to the nearest entry of the
+///              signed dynamic map
 ///
 /// The bits are the same on every device and instruction set. A NaN or Inf is an InvalidArgument
 /// that names the first such block; `out` then holds unspecified bytes. On CUDA this operation
@@ -69,7 +69,6 @@ void nf4_dequantize_absmax(const NF4Weight& weight, const TensorView& out,
                            const ExecutionContext& context);
 
 // ---- linear
-// --------------------------------------------------------------------------------------------------------
 
 /// y[m,n] = x[m,k] · Wᵀ + bias[n]. x, y and bias share one float dtype; `bias` may be absent.
 void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,
@@ -81,7 +80,6 @@ void nf4_linear_grad_input(const TensorView& dy, const NF4Weight& weight, const 
                            const ExecutionContext& context);
 
 // ---- LoRA
-// ----------------------------------------------------------------------------------------------------------
 
 /// Adds a low-rank update to y (Hu et al. 2021, section 4.1):
 ///
@@ -120,7 +118,6 @@ void dropout(const TensorView& x, double p, const TensorView& seed, const Tensor
              const ExecutionContext& context);
 
 // ---- AdamW
-// ---------------------------------------------------------------------------------------------------------
 
 /// One parameter and its 32-bit state. param and grad: a float dtype each; the moments: float32;
 /// all of one size.
@@ -140,7 +137,8 @@ struct AdamW8bitTensor {
 };
 
 /// adamw_step on 8-bit block-wise state: a block is decoded, stepped in fp32, and encoded again.
-/// The parameter sees the moments before they are encoded.
+/// The parameter sees the moments before they are encoded. A second moment that is not zero is never
+/// encoded as zero: eps alone in a denominator would make a step of thousands of times lr.
 void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
                     const ExecutionContext& context);
 

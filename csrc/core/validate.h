@@ -2,6 +2,8 @@
 // the argument.
 #pragma once
 
+#include <limits>
+
 #include "core/operations.h"
 #include "format/nf4_layout.h"
 
@@ -58,6 +60,9 @@ class Validator {
           ", want a power of two from ", nf4_min_block_size, " to ", nf4_max_block_size);
     check(weight.n >= 0 && weight.k >= 0, operation_, ": the weight has shape [", weight.n, ", ",
           weight.k, "], want sizes of at least 0");
+    check(weight.k == 0 || weight.n <= max_elements / weight.k, operation_,
+          ": the weight has shape [", weight.n, ", ", weight.k, "], want at most ", max_elements,
+          " elements");
     const std::int64_t element_count = weight.n * weight.k;
     const std::int64_t block_count = nf4_block_count(element_count, weight.block_size);
     bytes(weight.codes, "codes", nf4_code_bytes(element_count));
@@ -77,6 +82,9 @@ class Validator {
     dtype(tensor, argument, DType::uint8);
     numel(tensor, argument, wanted);
   }
+
+  // Bytes of any dtype then fit an int64 with room for the arithmetic of blocks.
+  static constexpr std::int64_t max_elements = std::numeric_limits<std::int64_t>::max() / 16;
 
   const char* operation_;
   Device device_;

@@ -125,6 +125,11 @@ ThreadPool& pool() {
 
 thread_local bool is_inside_job = false;
 
+struct InsideJob {
+  InsideJob() { is_inside_job = true; }
+  ~InsideJob() { is_inside_job = false; }
+};
+
 }  // namespace
 
 void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, const Body& body) {
@@ -138,9 +143,11 @@ void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, const
   const std::int64_t piece_grains =
       std::max<std::int64_t>(1, grain_count / (threads * pieces_per_thread));
   Job job(count, piece_grains * grain, body);
-  is_inside_job = true;
-  const bool ran = pool().try_run(job, threads - 1);
-  is_inside_job = false;
+  bool ran;
+  {
+    const InsideJob inside;
+    ran = pool().try_run(job, threads - 1);
+  }
   if (!ran) job.work();
   job.rethrow_error();
 }

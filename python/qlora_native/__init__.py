@@ -1,4 +1,4 @@
-"""QLoRA, natively: a frozen base in 4-bit NF4, LoRA matrices beside it, and a paged optimiser."""
+"""QLoRA, natively: a frozen base in 4-bit NF4, LoRA matrices beside it, and their optimiser."""
 
 from qlora_native._core import build_info
 from qlora_native.nf4_weight import NF4Weight, nf4_dequantize, nf4_quantize

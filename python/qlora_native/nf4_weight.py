@@ -8,7 +8,7 @@ from qlora_native.ops.storage import NF4Tensors
 
 
 class NF4Weight:
-    """A tensor stored as 4-bit NF4 codes and their scales; immutable.
+    """A tensor stored as 4-bit NF4 codes and their scales.
 
     NF4 and double quantisation are by Dettmers et al. 2023, section 3.
 

@@ -14,16 +14,21 @@ struct Moments {
   float exp_avg_sq[adamw8bit_block_size];
 };
 
-/// A moment's map: how it is read, how it is written, and the code of zero.
+/// A moment's map: how it is read, how it is written, the code of zero, and the least code of what
+/// is not zero.
 struct MomentMap {
   const DynamicMap& map;
   const DynamicMapEncoder& encode;
   std::uint8_t zero_code;
+  std::uint8_t least_nonzero_code;
 };
 constexpr MomentMap first_moment_map{signed_dynamic_map, signed_dynamic_map_encoder,
-                                     dynamic_map_signed_zero_code};
+                                     dynamic_map_signed_zero_code, 0};
+// A second moment that became zero would leave eps alone in the denominator, and a first moment
+// that did not would then be a step of thousands of times lr: it is rounded up instead.
 constexpr MomentMap second_moment_map{unsigned_dynamic_map, unsigned_dynamic_map_encoder,
-                                      dynamic_map_unsigned_zero_code};
+                                      dynamic_map_unsigned_zero_code,
+                                      dynamic_map_unsigned_zero_code + 1};
 
 void decode_moment(const MomentMap& map, const std::uint8_t* codes, float absmax,
                    std::int64_t count, float* moment) {
@@ -39,7 +44,10 @@ float encode_moment(const MomentMap& map, const float* moment, std::int64_t coun
     return absmax;
   }
   const BlockNormalizer normalize(absmax);
-  for (std::int64_t i = 0; i < count; ++i) codes[i] = map.encode(normalize(moment[i]));
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::uint8_t least = moment[i] == 0.0f ? std::uint8_t{0} : map.least_nonzero_code;
+    codes[i] = std::max(map.encode(normalize(moment[i])), least);
+  }
   return absmax;
 }
 

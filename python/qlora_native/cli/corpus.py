@@ -28,6 +28,9 @@ EXCLUDED_FOLDERS = frozenset(
 
 HELD_OUT_SHARE = 0.1
 
+# Of the characters of a paragraph, so many are letters and spaces if it is prose and no table.
+PROSE_SHARE = 0.9
+
 
 @dataclass(frozen=True)
 class Document:
@@ -77,23 +80,30 @@ def read_standard_library(folder: Path | None = None) -> list[Document]:
 
 
 def make_pretraining_text(documents: Iterable[Document]) -> PretrainingText:
-    """Join the documents, each kept once and without its interactive examples."""
+    """Join the prose of the documents, each text kept once."""
     train: dict[str, None] = {}
     held_out: dict[str, None] = {}
     for document in documents:
-        (held_out if document.held_out else train)[_without_examples(document.text)] = None
+        (held_out if document.held_out else train)[prose_of(document.text)] = None
     return PretrainingText(
         train=_join(train), held_out=_join(text for text in held_out if text not in train)
     )
+
+
+def prose_of(text: str) -> str:
+    """The paragraphs of `text` that are sentences, a line each: no code, no tables, no examples."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return "\n".join(filter(_is_prose, paragraphs))
 
 
 def _join(texts: Iterable[str]) -> bytes:
     return b"".join(text.encode() + END_OF_DOCUMENT for text in texts if text)
 
 
-def _without_examples(text: str) -> str:
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(paragraph for paragraph in paragraphs if ">>>" not in paragraph).strip()
+def _is_prose(paragraph: str) -> bool:
+    is_sentence = paragraph[:1].isupper() and paragraph.endswith(".")
+    letters = sum(character.isalpha() or character == " " for character in paragraph)
+    return is_sentence and letters >= PROSE_SHARE * len(paragraph)
 
 
 def _read_docstrings(folder: Path) -> Iterator[Document]:
@@ -106,7 +116,10 @@ def _read_docstrings(folder: Path) -> Iterator[Document]:
 def _docstrings_of(path: Path, module: str) -> Iterator[Document]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on invalid escapes in old files
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        try:
+            tree = ast.parse(path.read_bytes(), filename=str(path))
+        except (SyntaxError, ValueError):
+            return  # a distribution may put templates or files for other Pythons there
     for node in ast.walk(tree):
         signature = None
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qlora_native.nn import LoRALinear
 from qlora_native.nn.lora_linear import check_lora_arguments
-from qlora_native.nn.model import lora_layers
+from qlora_native.nn.model import lora_layers, modules_with_names, replace_module
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -43,6 +43,11 @@ _PLAIN_LORA = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
 }
+
+
+# Initialisations of PEFT that take something out of the base weight: beside another base such an
+# adapter computes something else.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 class _SavedLayer(NamedTuple):
@@ -138,10 +143,11 @@ def load_lora(model: nn.Module, directory: str | Path) -> nn.Module:
         )
     if not existing:
         model.requires_grad_(False)
-        for name, layer in saved.items():
-            base = model.get_submodule(name)
+        bases = {model.get_submodule(name): layer for name, layer in saved.items()}
+        for base, names in modules_with_names(model, lambda module: module in bases).items():
+            layer = bases[base]
             settings = layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora
-            model.set_submodule(name, LoRALinear(base, *settings))
+            replace_module(model, names, LoRALinear(base, *settings))
     with torch.no_grad():
         for name, layer in saved.items():
             module = model.get_submodule(name)
@@ -208,6 +214,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     for setting in ("peft_type", "r", "lora_alpha"):
         if setting not in config:
             raise ValueError(f"load_lora: {path} has no {setting}")
+    if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"load_lora: {path} has init_lora_weights={config['init_lora_weights']!r}, with which "
+            "PEFT trains beside a changed base; save it from PEFT with "
+            "path_initial_model_for_weight_conversion"
+        )
     for setting, plain in _PLAIN_LORA.items():
         value = config.get(setting, plain)
         if value != plain and (value or plain):  # [] and {} say as little as null

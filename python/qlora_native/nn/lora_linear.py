@@ -89,11 +89,15 @@ class LoRALinear(nn.Module):
             )
             return y if base.compute_dtype is None else y.to(x.dtype)
         dtype = autocast_dtype(x)
-        weight, bias = base.weight, base.bias
+        bias = base.bias
         if dtype is not None:
-            x, weight = x.to(dtype), weight.to(dtype)
+            x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return ops.lora_linear(x, weight, bias, self.lora_a, self.lora_b, self.scaling, p, seed)
+        elif base.weight.dtype != x.dtype:
+            raise ValueError(f"LoRALinear: x is {x.dtype}, base.weight is {base.weight.dtype}")
+        return ops.lora_linear(
+            x, base.weight, bias, self.lora_a, self.lora_b, self.scaling, p, seed
+        )
 
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""

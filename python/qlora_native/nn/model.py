@@ -63,6 +63,7 @@ def quantize_model(
         raise ValueError("quantize_model: the model has no nn.Linear to quantise (after skip)")
     _check_not_root("quantize_model", model, [module for _, module in targets])
     _check_untied(model, targets)
+    _warn_of_other_weights(model, skip)
 
     for done, name in enumerate([name for name, _ in targets], start=1):
         linear = targets.pop(0)[1]  # the list must not keep the dense weight alive
@@ -75,7 +76,7 @@ def quantize_model(
             )
         except ValueError as error:
             raise ValueError(f"quantize_model: {name}: {error}") from error
-        _replace_module(model, [name], quantized)
+        replace_module(model, [name], quantized)
         if progress is not None:
             progress(done, done + len(targets), name)
     return model
@@ -106,7 +107,7 @@ def add_lora(
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("add_lora: the model has LoRA layers already; merge_lora removes them")
-    layers = _layers_with_names(model, _is_linear)
+    layers = modules_with_names(model, _is_linear)
     if isinstance(target_modules, str):
         if target_modules != "all-linear":
             raise ValueError(
@@ -124,7 +125,7 @@ def add_lora(
 
     model.requires_grad_(False)
     for layer, names in layers.items():
-        _replace_module(model, names, LoRALinear(layer, r, lora_alpha, lora_dropout, use_rslora))
+        replace_module(model, names, LoRALinear(layer, r, lora_alpha, lora_dropout, use_rslora))
     return model
 
 
@@ -132,17 +133,19 @@ def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every LoRALinear by a dense `nn.Linear` with W + scaling · B · A, in place.
 
     W is what was trained against: the dequantised weight where the base is NF4. The sum is done in
-    fp32 and rounded once to `dtype` (None: a dense base's own dtype; float32 for an NF4 base).
+    fp32 and rounded once to `dtype`. None: a dense base's own dtype; for an NF4 base that of its
+    bias or else of the model's first parameter that is neither 4-bit nor a LoRA factor.
 
     Raises:
         ValueError: the model has no LoRALinear.
     """
-    layers = _layers_with_names(model, lambda module: isinstance(module, LoRALinear))
+    layers = modules_with_names(model, lambda module: isinstance(module, LoRALinear))
     if not layers:
         raise ValueError("merge_lora: the model has no LoRALinear")
     _check_not_root("merge_lora", model, layers)
+    model_dtype = _model_dtype(model)
     for layer, names in layers.items():
-        _replace_module(model, names, _merged(layer, dtype))
+        replace_module(model, names, _merged(layer, dtype or _base_dtype(layer, model_dtype)))
     return model
 
 
@@ -182,8 +185,8 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 _Layers: TypeAlias = dict[nn.Module, list[str]]
 
 
-def _layers_with_names(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> _Layers:
-    """Every such layer with all the names that it has in `model`: a layer may be shared."""
+def modules_with_names(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> _Layers:
+    """Every such module with all the names that it has in `model`: it may be shared."""
     layers: _Layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_wanted(module):
@@ -222,6 +225,25 @@ def _check_untied(model: nn.Module, targets: Sequence[tuple[str, nn.Linear]]) ->
             )
 
 
+def _warn_of_other_weights(model: nn.Module, skip: Sequence[str]) -> None:
+    """Name the matrices that are no linear layer's: the experts of a mixture, for one."""
+    left = [
+        (f"{name}.{parameter_name}".lstrip("."), parameter)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear | nn.Embedding | NF4Linear)
+        and not any(_name_matches(name, entry) for entry in skip)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2 and parameter.is_floating_point()
+    ]
+    if left:
+        size = sum(parameter.nbytes for _, parameter in left)
+        warnings.warn(
+            f"quantize_model leaves {size:,} bytes of other weights dense: "
+            + ", ".join(name for name, _ in left),
+            stacklevel=3,
+        )
+
+
 def _check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:
     if any(layer is model for layer in layers):
         raise ValueError(
@@ -229,20 +251,34 @@ def _check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module
         )
 
 
-def _replace_module(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
+def replace_module(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
+    """Put `new` in all the places of `model` that have these names."""
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
 
 
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    for name, parameter in model.named_parameters():
+        is_factor = name.rpartition(".")[2] in ("lora_a", "lora_b")
+        if parameter.is_floating_point() and not is_factor:
+            return parameter.dtype
+    return torch.float32
+
+
+def _base_dtype(layer: LoRALinear, model_dtype: torch.dtype) -> torch.dtype:
+    base = layer.base
+    if not isinstance(base, NF4Linear):
+        return base.weight.dtype
+    return model_dtype if base.bias is None else base.bias.dtype
+
+
 @torch.no_grad()
-def _merged(layer: LoRALinear, dtype: torch.dtype | None) -> nn.Linear:
+def _merged(layer: LoRALinear, dtype: torch.dtype) -> nn.Linear:
     base = layer.base
     is_nf4 = isinstance(base, NF4Linear)
     weight = base.dequantize(torch.float32) if is_nf4 else base.weight.float()
     weight = torch.addmm(weight, layer.lora_b.float(), layer.lora_a.float(), alpha=layer.scaling)
-    if dtype is None:
-        dtype = torch.float32 if is_nf4 else base.weight.dtype
     merged = nn.Linear(
         base.in_features, base.out_features, bias=base.bias is not None, device="meta"
     )

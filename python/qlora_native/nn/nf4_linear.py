@@ -23,8 +23,9 @@ class NF4Linear(nn.Module):
 
     The weight is `weight` (codes) and `weight_absmax`, `weight_nested_absmax`,
     `weight_nested_offset` (scales): uint8 parameters that need no gradient, with shapes known from
-    the constructor. Casts (`.to(bfloat16)`, `.half()`) leave them alone, FSDP2 shards them, and
-    `state_dict` holds all there is. The bias is an ordinary parameter, frozen as well.
+    the constructor. Casts (`.to(bfloat16)`, `.half()`) leave them alone, FSDP2 shards them (tested
+    with torch 2.13; that of 2.6 cannot), and `state_dict` holds all there is. The bias is an
+    ordinary parameter, frozen as well.
 
     This is not an `nn.Linear`: code that would take the codes for weights fails instead of
     computing nonsense.

@@ -68,7 +68,7 @@ def autocast_disabled(tensor: Tensor) -> AbstractContextManager[object]:
 def _dense(weight: BaseWeight, dtype: torch.dtype) -> Tensor:
     """The weight as a dense `[n, k]`: an NF4 one in the workspace, which the next call reuses."""
     if isinstance(weight, Tensor):
-        return weight
+        return weight.to(dtype)
     out = _workspace(weight.n * weight.k, dtype, weight.codes.device).view(weight.n, weight.k)
     _core.nf4_dequantize(weight, out, *execution(out))
     return out
@@ -80,14 +80,15 @@ _workspaces = threading.local()
 def _workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for `count` elements that this thread's products reuse.
 
-    On a CPU fresh pages cost more than decoding into them; CUDA's caching allocator reuses memory
-    by itself, and knows about streams.
+    On a CPU fresh pages cost more than decoding into them. A thread keeps the size of its largest
+    layer in each dtype. CUDA's caching allocator reuses memory by itself, and knows about streams.
     """
     if device.type != "cpu":
         return torch.empty(count, dtype=dtype, device=device)
     held: dict[torch.dtype, Tensor] = _workspaces.__dict__
     workspace = held.get(dtype)
     if workspace is None or workspace.numel() < count:
+        held.pop(dtype, None)  # or the old and the new would exist at once
         with torch.inference_mode(False):
             workspace = held[dtype] = torch.empty(count, dtype=dtype, device=device)
     return workspace[:count]

@@ -24,6 +24,8 @@ from qlora_native.ops.linear import (
 )
 from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution
 
+_ROWS = 1024  # converted to fp32 at a time
+
 
 class LoRAFactors(NamedTuple):
     """The trained part: `lora_a[r, k]`, `lora_b[n, r]`, and what is applied with them."""
@@ -49,8 +51,8 @@ def lora_linear(
 
     Args:
         x: `[..., k]`, float32, bfloat16 or float16; its dtype is the compute dtype.
-        weight: the frozen base: NF4, or a dense `[n, k]` of x's dtype that does not require a
-            gradient.
+        weight: the frozen base: NF4, or a dense `[n, k]` that does not require a gradient, cast
+            to x's dtype where it has another.
         bias: `[n]` of x's dtype, or None.
         lora_a: `[r, k]`, float32, bfloat16 or float16; rounded to x's dtype once a call, its
             gradient is in its own.
@@ -97,8 +99,8 @@ def lora_linear(
 
 
 def _check_dense_base(weight: Tensor, x: Tensor) -> None:
-    if weight.dtype != x.dtype:
-        raise ValueError(f"lora_linear: x is {x.dtype}, the base weight {weight.dtype}")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"lora_linear: the base weight is {weight.dtype}, want a float dtype")
     if weight.requires_grad:
         raise ValueError(
             "lora_linear: the base weight requires a gradient, but LoRA's base is frozen; "
@@ -158,14 +160,26 @@ def backward(
         with autocast_disabled(x):
             b = lora_b.to(x.dtype)
             u = torch.addmm(dy.new_zeros(1), dy, b, beta=0, alpha=scaling)  # scaled, rounded once
-            # In fp32, because torch.mm would round the sums to the compute dtype.
-            grad_a = torch.mm(u.float().t(), dropped.float()).to(lora_a.dtype)
-            grad_b = torch.mm(dy.float().t(), t.float()).mul_(scaling).to(lora_b.dtype)
+            grad_a = _sum_of_outer_products(u, dropped).to(lora_a.dtype)
+            grad_b = _sum_of_outer_products(dy, t).mul_(scaling).to(lora_b.dtype)
             if dx_lora is not None:
                 dx_lora.addmm_(u, lora_a.to(x.dtype))
     if dx is not None and dx_lora is not dx:
         dx.add_(_dropped(dx_lora, factors, out=dx_lora))
     return dx, grad_a, grad_b
+
+
+def _sum_of_outer_products(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ[p, m] · b[m, q] in fp32, where torch.mm would round the sums to the operands' dtype.
+
+    A run of rows at a time is converted, not the whole of an activation.
+    """
+    if a.dtype == torch.float32:
+        return torch.mm(a.t(), b)
+    sums = a.new_zeros((a.shape[1], b.shape[1]), dtype=torch.float32)
+    for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True):
+        sums.addmm_(rows_a.float().t(), rows_b.float())
+    return sums
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -230,8 +244,10 @@ def _differentiable_backward(
     *base, scaling, p = rest
     weight = _weight_of(tuple(base))
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    dense = isinstance(weight, Tensor)
-    dx = torch.matmul(dy, weight) if dense else nf4_linear_grad_input(dy, weight)
+    if isinstance(weight, NF4Tensors):
+        dx = nf4_linear_grad_input(dy, weight)
+    else:
+        dx = torch.matmul(dy, weight.to(dy.dtype))
     mask = _dropped(torch.ones_like(x, memory_format=torch.contiguous_format), factors)
     n, k = dy.shape[-1], x.shape[-1]
     dropped = (x * mask).reshape(-1, k).float()

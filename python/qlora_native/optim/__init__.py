@@ -1,4 +1,4 @@
-"""Optimisers whose state is kept in pages."""
+"""Optimisers with native steps, and state in 32 or 8 bits."""
 
 from qlora_native.optim.paged_adamw import PagedAdamW, PagedAdamW8bit
 

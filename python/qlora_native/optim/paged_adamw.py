@@ -42,8 +42,8 @@ class PagedAdamW(torch.optim.Optimizer):
     which is `torch.optim.AdamW`, to fp32 rounding. A state dict of either loads into the other,
     with one difference: this class keeps the moments in fp32 for 16-bit parameters too.
 
-    Parameters, gradients and state are on the CPU, where state lives in ordinary memory, which the
-    system pages. A CUDA parameter raises NotImplementedError at the first step. Of a sharded
+    State is not paged yet: parameters, gradients and state are in ordinary CPU memory, and a
+    parameter on another device raises NotImplementedError at the first step. Of a sharded
     parameter (DTensor, as FSDP2 makes them) each rank steps its own part.
 
     Args:
@@ -163,6 +163,11 @@ class PagedAdamW(torch.optim.Optimizer):
                 continue
             state = self.state.get(param)
             is_8bit = "exp_avg_absmax" in state if state else self._keeps_8bit_state(param)
+            if param.device.type != "cpu":
+                raise NotImplementedError(
+                    f"{type(self).__name__}: a parameter is on {param.device}, where there is no "
+                    "such step yet; want cpu"
+                )
             self._check_gradient(param, param.grad)
             self._check_memory(param, is_8bit)
             steps_done = int(state["step"]) if state else 0
@@ -348,6 +353,12 @@ class PagedAdamW8bit(PagedAdamW):
 
     def _keeps_8bit_state(self, param: Tensor) -> bool:
         return param.numel() >= self.min_8bit_size
+
+    def _check_state(self, where: str, param: Tensor, state: dict[str, Any]) -> None:
+        try:
+            super()._check_state(where, param, state)
+        except ValueError as error:
+            raise ValueError(f"{error} (min_8bit_size is {self.min_8bit_size} here)") from error
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle keep: an Optimizer keeps its groups and state alone."""

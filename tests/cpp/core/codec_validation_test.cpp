@@ -8,7 +8,8 @@ namespace {
 
 constexpr Device cuda0 = {DeviceType::cuda, 0};
 
-/// Valid arguments of the codec's operations: 160 elements in 5 blocks of 32. A test spoils one of them.
+/// Valid arguments of the codec's operations: 160 elements in 5 blocks of 32. A test spoils one of
+/// them.
 class CodecValidation : public testing::Test {
  protected:
   Generator generator{4};

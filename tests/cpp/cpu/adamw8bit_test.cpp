@@ -1,4 +1,5 @@
-// adamw8bit_step: a step in fp64 from the decoded state, the encoding of the new state, and closeness to 32-bit state.
+// adamw8bit_step: a step in fp64 from the decoded state, the encoding of the new state, and
+// closeness to 32-bit state.
 #include <algorithm>
 #include <cmath>
 
@@ -45,7 +46,8 @@ struct Moment {
     double nearest = HUGE_VAL;
     for (const double entry : map) nearest = std::min(nearest, std::fabs(entry - x));
     const double entry = map[codes.bytes()[static_cast<std::size_t>(i)]];
-    // Both distances shift by the value's error; the reciprocal, its product and the midpoint round.
+    // Both distances shift by the value's error; the reciprocal, its product and the midpoint
+    // round.
     const double doubt = 2.0 * error / scale + 4.0 * reference::fp32_unit * std::fabs(x);
     EXPECT_LE(std::fabs(entry - x), nearest + doubt) << "element " << i;
   }
@@ -134,8 +136,9 @@ INSTANTIATE_TEST_SUITE_P(Dtypes, CpuAdamW8bitDtypes, testing::Combine(float_dtyp
                          });
 
 TEST(CpuAdamW8bitEncoding, AMomentOnAMidpointGetsTheLowerCode) {
-  // With beta1 = 0 the first moment is the gradient, and one gradient of 1 makes the others their own units of absmax:
-  // each midpoint of the map and the fp32 on either side of it, a few to a block.
+  // With beta1 = 0 the first moment is the gradient, and one gradient of 1 makes the others their
+  // own units of absmax: each midpoint of the map and the fp32 on either side of it, a few to a
+  // block.
   constexpr std::int64_t midpoints_per_block = 85;
   Generator generator(29);
   Trained trained(DType::float32, DType::float32, 3 * block, generator);
@@ -175,7 +178,8 @@ TEST(CpuAdamW8bitEncoding, ASubnormalSecondMomentIsKept) {
 class CpuAdamW8bit : public testing::TestWithParam<DType> {};
 
 TEST_P(CpuAdamW8bit, StaysCloseTo32BitState) {
-  // The procedure and the limits of bitsandbytes' own tests: 50 steps, each from the 8-bit run's decoded state.
+  // The procedure and the limits of bitsandbytes' own tests: 50 steps, each from the 8-bit run's
+  // decoded state.
   Generator generator(23);
   constexpr std::int64_t count = 32 * 1024;
   Trained trained(GetParam(), GetParam(), count, generator);

@@ -1,4 +1,5 @@
-// adamw_step against the formula in fp64, which carries its own bound on the rounding of an fp32 evaluation.
+// adamw_step against the formula in fp64, which carries its own bound on the rounding of an fp32
+// evaluation.
 #include <cmath>
 
 #include "core/operations.h"
@@ -59,7 +60,8 @@ struct Trained {
     EXPECT_TRUE(is_rounded_from(exp_avg_sq, v, v_error)) << "exp_avg_sq";
   }
 
-  /// Lets the reference go on from what was stored, so that the next comparison is of one step alone.
+  /// Lets the reference go on from what was stored, so that the next comparison is of one step
+  /// alone.
   void adopt_stored_state() {
     for (std::size_t i = 0; i < elements.size(); ++i) {
       const auto at = static_cast<std::int64_t>(i);
@@ -94,7 +96,8 @@ INSTANTIATE_TEST_SUITE_P(Dtypes, CpuAdamWDtypes, testing::Combine(float_dtypes, 
                          });
 
 TEST(CpuAdamW, AThousandStepsStayWithinFp32Rounding) {
-  // 1 - lr * weight_decay = 1 - 2^-17 is an fp32: else its rounding, the same in each step, would be most of the drift.
+  // 1 - lr * weight_decay = 1 - 2^-17 is an fp32: else its rounding, the same in each step, would
+  // be most of the drift.
   constexpr AdamWElement::Numbers numbers = {0x1p-10, 0.9, 0.999, 1e-8, 0x1p-7};
   Generator generator(17);
   Trained trained(DType::float32, DType::float32, 64, generator);
@@ -105,7 +108,8 @@ TEST(CpuAdamW, AThousandStepsStayWithinFp32Rounding) {
     trained.step_reference(numbers, t);
   }
   trained.expect_close();
-  // The bound takes every rounding at its worst. They are as often up as down, so the true drift is far smaller.
+  // The bound takes every rounding at its worst. They are as often up as down, so the true drift is
+  // far smaller.
   for (std::int64_t i = 0; i < trained.param.numel(); ++i) {
     const double want = trained.elements[static_cast<std::size_t>(i)].param;
     EXPECT_NEAR(trained.param[i], want, 1e-6 + 1e-5 * std::fabs(want)) << "element " << i;

@@ -1,5 +1,5 @@
-// Which instruction set runs: the one that QLORA_NATIVE_CPU_ISA names, else the best. The variable is read once a process,
-// so the tests of other values run in a process of their own.
+// Which instruction set runs: the one that QLORA_NATIVE_CPU_ISA names, else the best. The variable
+// is read once a process, so the tests of other values run in a process of their own.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

@@ -58,7 +58,8 @@ TEST_P(CpuDropout, KeepsTheRightShareOfElements) {
       kept += out[e] != 0.0;
       kept_after_kept += e > 0 && out[e] != 0.0 && out[e - 1] != 0.0;
     }
-    // Five standard deviations of a binomial count; of neighbouring pairs, which overlap, at most twice the variance.
+    // Five standard deviations of a binomial count; of neighbouring pairs, which overlap, at most
+    // twice the variance.
     const double q = 1.0 - p, n = static_cast<double>(count);
     EXPECT_NEAR(kept, n * q, 5.0 * std::sqrt(n * q * p)) << "p = " << p;
     EXPECT_NEAR(kept_after_kept, n * q * q, 5.0 * std::sqrt(3.0 * n * q * q * (1.0 - q * q)));

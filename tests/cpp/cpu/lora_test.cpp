@@ -1,5 +1,6 @@
-// lora_forward and lora_backward against fp64. What is rounded to the dtype of x on the way (t, u) is rounded in the
-// reference too; where it may fall either way, the doubt is carried into the tolerance.
+// lora_forward and lora_backward against fp64. What is rounded to the dtype of x on the way (t, u)
+// is rounded in the reference too; where it may fall either way, the doubt is carried into the
+// tolerance.
 #include <algorithm>
 #include <cmath>
 
@@ -20,7 +21,8 @@ constexpr LoRAShape shapes[] = {{1, 1, 1, 1},  {1, 5, 3, 2},  {1, 64, 33, 16}, {
                                 {0, 5, 6, 2},  {4, 0, 6, 2},  {4, 5, 0, 2},    {4, 5, 6, 0}};
 constexpr float scaling = 0.7f;
 
-/// A matrix that was computed in fp32 and rounded: its likeliest value, and how far the true one may be from it.
+/// A matrix that was computed in fp32 and rounded: its likeliest value, and how far the true one
+/// may be from it.
 struct Rounded {
   Matrix value, doubt;
 };

@@ -1,4 +1,5 @@
-// nf4_dequantize and nf4_dequantize_absmax of arbitrary bytes: every rounding is fixed, so equality is exact.
+// nf4_dequantize and nf4_dequantize_absmax of arbitrary bytes: every rounding is fixed, so equality
+// is exact.
 #include "support/stored_weight.h"
 
 namespace qlora {

@@ -8,7 +8,8 @@ namespace {
 
 constexpr std::int64_t size = 1024;  // the figures are for a weight of 1024 x 1024
 
-/// bitsandbytes' figures: mean of |error|, its standard deviation from weight to weight, mean of |error| / |w|.
+/// bitsandbytes' figures: mean of |error|, its standard deviation from weight to weight, mean of
+/// |error| / |w|.
 struct Figures {
   std::int64_t block_size;
   double error, error_deviation, relative_error;
@@ -20,8 +21,8 @@ constexpr Figures figures[] = {
     {2048, .089592, .000251, .254163}, {4096, .092547, .000360, .262473},
 };
 
-// An element's relative error is at most 1 (to the nearest of levels that include 0), so its deviation is at most 1/2 and
-// that of the mean of 2^20 of them at most 2^-11.
+// An element's relative error is at most 1 (to the nearest of levels that include 0), so its
+// deviation is at most 1/2 and that of the mean of 2^20 of them at most 2^-11.
 constexpr double relative_error_deviation = 0x1p-11;
 
 HostTensor& normal_weight() {
@@ -65,7 +66,8 @@ TEST_P(CpuNF4Error, OfNestedScalesIsUnderTheLimits) {
   const MeanError measured = measure(GetParam().block_size, true);
   EXPECT_LT(measured.absolute, .11);
   EXPECT_LT(measured.relative, .28);
-  // The nested scales themselves cost little: under 1 % of the error at block 32, where they matter most.
+  // The nested scales themselves cost little: under 1 % of the error at block 32, where they matter
+  // most.
   EXPECT_LT(measured.absolute, 1.01 * GetParam().error + 7.0 * GetParam().error_deviation);
 }
 

@@ -11,8 +11,8 @@ struct LinearShape {
   std::int64_t m, n, k, block_size;
 };
 
-// One token; one element; one block; k odd and no multiple of the block; rows that begin within a byte; n = 1; more tokens
-// than a kernel's tile; a block longer than the weight; sizes of zero.
+// One token; one element; one block; k odd and no multiple of the block; rows that begin within a
+// byte; n = 1; more tokens than a kernel's tile; a block longer than the weight; sizes of zero.
 constexpr LinearShape shapes[] = {
     {1, 1, 1, 32},    {1, 3, 5, 32},     {1, 8, 64, 64},  {2, 1, 33, 32},   {3, 17, 31, 64},
     {4, 5, 97, 32},   {5, 9, 255, 128},  {65, 7, 66, 64}, {130, 3, 40, 32}, {2, 33, 257, 4096},

@@ -1,5 +1,5 @@
-// Double quantisation: the offset's rule of summation, and the nested codes. Scales are set through weights whose blocks
-// have one non-zero element each, so that absmax is what the test says.
+// Double quantisation: the offset's rule of summation, and the nested codes. Scales are set through
+// weights whose blocks have one non-zero element each, so that absmax is what the test says.
 #include <algorithm>
 #include <cmath>
 
@@ -35,8 +35,9 @@ TEST(CpuNF4NestedScales, OffsetIsNotSummedInFp32) {
   EXPECT_EQ(offset_of(absmax), want);
 }
 
-// 2^60 + 2^36 is a tie between two fp32 (the even one is 2^60), so the least addition decides the rounding. In fp64,
-// 2^60 + 100 is 2^60: whether 255 or 256 times 100 count depends on the order of summation alone.
+// 2^60 + 2^36 is a tie between two fp32 (the even one is 2^60), so the least addition decides the
+// rounding. In fp64, 2^60 + 100 is 2^60: whether 255 or 256 times 100 count depends on the order of
+// summation alone.
 constexpr double big = 0x1p60, to_the_tie = 0x1p36, small = 100.0;
 
 TEST(CpuNF4NestedScales, OffsetSumsEachRunOf256BeforeItAddsTheRuns) {

@@ -129,7 +129,8 @@ TEST_P(CpuNF4Quantize, AnEmptyWeightIsValid) {
 }
 
 TEST_P(CpuNF4Quantize, ASubnormalBlockKeepsItsLevels) {
-  // Float16's smallest numbers are normal in fp32; the other two dtypes reach the reciprocal's overflow.
+  // Float16's smallest numbers are normal in fp32; the other two dtypes reach the reciprocal's
+  // overflow.
   const double unit = GetParam() == DType::float16 ? 0x1p-24 : 0x1p-133;
   HostTensor w(GetParam(), {1, 4}, {4 * unit, -4 * unit, 0.0, unit});
   const StoredWeight weight = quantize(w, {1, 4}, 32);
@@ -171,7 +172,8 @@ TEST_P(CpuNF4Quantize, TheFirstOfSeveralBadBlocksIsNamedForAnyThreadCount) {
 }
 
 TEST(CpuNF4QuantizeTies, AnElementOnAThresholdGetsTheLowerCode) {
-  // One element of 1 makes the others their own units of absmax: each threshold and the fp32 on either side of it.
+  // One element of 1 makes the others their own units of absmax: each threshold and the fp32 on
+  // either side of it.
   HostTensor w(DType::float32, {1, 46});
   std::vector<int> codes = {15};
   w.set(0, 1.0);

@@ -1,4 +1,5 @@
-// Every operation gives the same bits for any number of threads. The sizes are such that seven threads have work.
+// Every operation gives the same bits for any number of threads. The sizes are such that seven
+// threads have work.
 #include "core/operations.h"
 #include "support/stored_weight.h"
 

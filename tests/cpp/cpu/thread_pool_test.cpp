@@ -26,7 +26,8 @@ std::vector<int> count_visits(int num_threads, std::int64_t count, std::int64_t 
   return {visits.begin(), visits.end()};
 }
 
-/// Runs `body` in a forked child. It exits 0 if `body` returns true, and is killed if it does not return in 30 seconds.
+/// Runs `body` in a forked child. It exits 0 if `body` returns true, and is killed if it does not
+/// return in 30 seconds.
 template <typename Body>
 bool succeeds_in_forked_child(Body&& body) {
   const pid_t child = fork();

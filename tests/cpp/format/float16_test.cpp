@@ -53,7 +53,8 @@ void expect_every_pattern_survives_the_round_trip() {
   }
 }
 
-/// All places where rounding can turn: each value, each midpoint to the next one, and the fp32 neighbours of both.
+/// All places where rounding can turn: each value, each midpoint to the next one, and the fp32
+/// neighbours of both.
 template <typename T>
 void expect_every_rounding_is_to_nearest_even(DType dtype) {
   const auto expect_rounding_of = [&](float x) {

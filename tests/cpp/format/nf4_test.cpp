@@ -47,7 +47,8 @@ TEST(NF4, EncodingFindsTheNearestLevel) {
     double nearest = HUGE_VAL;
     for (const double level : levels) nearest = std::min(nearest, std::fabs(level - x));
     const double distance = std::fabs(static_cast<double>(nf4_level(nf4_encode(x))) - x);
-    // A threshold is rounded to fp32, by at most 2^-25: between the two distances that counts twice.
+    // A threshold is rounded to fp32, by at most 2^-25: between the two distances that counts
+    // twice.
     ASSERT_LE(distance, nearest + 0x1p-24) << "x = " << x;
   }
 }

@@ -1,4 +1,5 @@
-// A run for an instruction set that this build or processor lacks skips, in sight: ctest asks for every set by name.
+// A run for an instruction set that this build or processor lacks skips, in sight: ctest asks for
+// every set by name.
 #include <cstdio>
 #include <cstdlib>
 

@@ -1,4 +1,5 @@
-// Errors are compared whole: their text is part of the contract (operation, argument, what came, what was wanted).
+// Errors are compared whole: their text is part of the contract (operation, argument, what came,
+// what was wanted).
 #pragma once
 
 #include <functional>

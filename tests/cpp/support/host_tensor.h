@@ -16,10 +16,12 @@ using Generator = std::mt19937_64;
 
 const reference::FloatFormat& format_of(qlora::DType dtype);
 
-/// A CPU tensor. Its values are read and written in fp64, by conversions that do not use the library's.
+/// A CPU tensor. Its values are read and written in fp64, by conversions that do not use the
+/// library's.
 ///
-/// It starts poisoned with 0xff bytes, which is NaN in every floating-point dtype: an output that was not written shows. The
-/// memory ends with the last element, so that AddressSanitizer sees a step beyond it.
+/// It starts poisoned with 0xff bytes, which is NaN in every floating-point dtype: an output that
+/// was not written shows. The memory ends with the last element, so that AddressSanitizer sees a
+/// step beyond it.
 class HostTensor {
  public:
   HostTensor() = default;  // an absent tensor
@@ -49,8 +51,9 @@ class HostTensor {
   std::vector<std::uint8_t> bytes_;
 };
 
-/// Every element of `actual` is a number within `tolerance` of `exact`, rounded once to the tensor's dtype. (Much sharper
-/// than to add the rounding to the tolerance: a second rounding, or one left out, shows.)
+/// Every element of `actual` is a number within `tolerance` of `exact`, rounded once to the
+/// tensor's dtype. (Much sharper than to add the rounding to the tolerance: a second rounding, or
+/// one left out, shows.)
 testing::AssertionResult is_rounded_from(const HostTensor& actual, const std::vector<double>& exact,
                                          const std::vector<double>& tolerance);
 

@@ -80,7 +80,8 @@ void AdamWElement::step(double grad, const Numbers& numbers, std::int64_t t) {
   const double update = step_size * exp_avg / denominator;
   param = param * (1.0 - lr * weight_decay) - update;
 
-  // The root halves the relative error of v. Root, two divisions, one sum, one product and three constants round.
+  // The root halves the relative error of v. Root, two divisions, one sum, one product and three
+  // constants round.
   const double root_error = exp_avg_sq > 0.0 ? exp_avg_sq_error / (2.0 * exp_avg_sq) : 0.0;
   const double update_error =
       std::fabs(update) * (root_error + 8.0 * u) + step_size / denominator * exp_avg_error;

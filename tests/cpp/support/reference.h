@@ -1,7 +1,9 @@
-// The arithmetic of the operations once more, in fp64 and without the library's headers: what the tests compare with.
+// The arithmetic of the operations once more, in fp64 and without the library's headers: what the
+// tests compare with.
 //
-// Tolerances are bounds, not guesses. With u = 2^-24 an fp32 sum of n products is off by at most sum_error(n) times the
-// sum of their magnitudes, in whatever order it is taken (Higham 2002, section 3.1).
+// Tolerances are bounds, not guesses. With u = 2^-24 an fp32 sum of n products is off by at most
+// sum_error(n) times the sum of their magnitudes, in whatever order it is taken (Higham 2002,
+// section 3.1).
 #pragma once
 
 #include <cstdint>
@@ -54,8 +56,8 @@ Matrix operator*(const Matrix& a, const Matrix& b);
 Matrix operator*(double s, const Matrix& a);
 Matrix operator+(const Matrix& a, const Matrix& b);
 
-/// AdamW on one element in fp64 (Loshchilov & Hutter 2019, algorithm 2), beside a bound on how far an fp32 evaluation of
-/// the same formula can have drifted from it.
+/// AdamW on one element in fp64 (Loshchilov & Hutter 2019, algorithm 2), beside a bound on how far
+/// an fp32 evaluation of the same formula can have drifted from it.
 struct AdamWElement {
   double param, exp_avg = 0.0, exp_avg_sq = 0.0;
   double param_error = 0.0, exp_avg_error = 0.0, exp_avg_sq_error = 0.0;

@@ -18,9 +18,11 @@ struct StoredWeight {
   std::int64_t block_count() const;
   int code(std::int64_t element) const;
 
-  /// absmax of each block: nested, round(round(map[q] * nested_absmax) + offset), both roundings to fp32.
+  /// absmax of each block: nested, round(round(map[q] * nested_absmax) + offset), both roundings to
+  /// fp32.
   std::vector<double> scales() const;
-  /// round(round(level * absmax)), to fp32 and then to `format`: the values that the contract multiplies with.
+  /// round(round(level * absmax)), to fp32 and then to `format`: the values that the contract
+  /// multiplies with.
   reference::Matrix decode(const reference::FloatFormat& format) const;
 
   std::int64_t n, k, block_size;

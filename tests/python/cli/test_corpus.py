@@ -7,6 +7,7 @@ import pytest
 from qlora_native.cli.corpus import (
     Document,
     make_pretraining_text,
+    prose_of,
     read_standard_library,
 )
 from qlora_native.cli.tasks import Function, make_task
@@ -33,7 +34,7 @@ def library(tmp_path):
     held_out = next(f"m{i}" for i in range(100) if Document(f"m{i}", "").held_out)
     trained = next(f"m{i}" for i in range(100) if not Document(f"m{i}", "").held_out)
     (tmp_path / f"{trained}.py").write_text(
-        '"""A module.\n\n>>> 1 + 1\n2\n\nIts end."""\n'
+        '"""A module of the library.\n\n>>> 1 + 1\n2\n\nThe end of it."""\n'
         'def scale(x: float, *, by=2) -> float:\n    """Multiply x by two."""\n'
         'class Thing:\n    """A thing."""\n'
         '    async def fetch(self): "Fetch the thing from afar."\n'
@@ -43,7 +44,7 @@ def library(tmp_path):
         'def shift(x): "Add one to the number."\n'
         'def scale(y): "Multiply it by some other number."\n'  # a name that is trained
         'def obtain(x): "Fetch the thing from afar."\n'  # a summary that is trained
-        'def part(x): "Its end."\n'
+        'def part(x): "The end of it."\n'
     )
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "stranger.py").write_text('"""Not of the library."""')
@@ -60,10 +61,13 @@ def test_reads_docstrings_with_signatures_and_nothing_else(library):
     assert not any("Not of the library" in d.text for d in read)
 
 
-def test_examples_are_left_out_of_the_text(library):
+def test_the_text_is_prose(library):
     text = make_pretraining_text(read_standard_library(library))
-    assert b"A module.\n\nIts end.\0" in text.train
+    assert b"A module of the library.\nThe end of it.\0" in text.train
     assert b">>>" not in text.train
+    assert prose_of("Two lines\n  of one.\n\nnot a sentence\n\nA | table | 1 | 2.") == (
+        "Two lines of one."
+    )
 
 
 def test_a_leak_through_name_or_summary_is_closed(library):
@@ -79,7 +83,7 @@ def test_a_folder_without_source_is_an_error(tmp_path):
 
 
 def test_this_pythons_library_is_plenty_and_repeatable(documents, text):
-    assert len(text.train) > 1_000_000
+    assert len(text.train) > 800_000
     assert 0.03 < len(text.held_out) / len(text.train) < 0.3
     assert make_pretraining_text(read_standard_library()) == text
     assert {d.module for d in documents if "test" in re.split(r"\W", d.module)} == set()

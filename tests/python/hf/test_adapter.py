@@ -286,3 +286,28 @@ def test_merging_here_and_merging_by_peft_agree(quantized, tmp_path):
     merged = merge_lora(quantized)
     for name, weight in by_peft.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_layer_is_loaded_in_all_its_places(tmp_path):
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+        model["b"] = model["a"]
+        return model
+
+    trained = add_lora(make(), r=2)
+    randomize_lora_b(trained)
+    save_lora(trained, tmp_path)
+    loaded = load_lora(make(), tmp_path)
+    assert isinstance(loaded["a"], LoRALinear)
+    assert loaded["b"] is loaded["a"]
+    assert torch.equal(loaded["a"].lora_b, trained["a"].lora_b)
+
+
+def test_an_adapter_beside_a_changed_base_is_refused(quantized, tmp_path):
+    save_lora(add_lora(quantized, r=2), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["init_lora_weights"] = "pissa_niter_4"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4'"):
+        load_lora(quantized, tmp_path)

@@ -239,3 +239,13 @@ def test_shared_parameters_count_once():
 def test_an_empty_model_has_no_share(capsys):
     print_trainable_parameters(nn.ReLU())
     assert capsys.readouterr().out == "trainable params: 0 || all params: 0 || trainable%: 0.0000\n"
+
+
+def test_a_merged_16_bit_model_runs_in_16_bits():
+    model = add_lora(quantize_model(Model().bfloat16()), r=2)
+    randomise_b(model)
+    expected = model(TOKENS)
+    merge_lora(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    error = (model(TOKENS) - expected).float().norm() / expected.float().norm()
+    assert error < 0.05  # a few roundings to 8 bits in each of the layers

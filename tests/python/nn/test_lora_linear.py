@@ -137,9 +137,6 @@ def test_bf16_training_stays_close_to_fp32(kind, m):
     layer = lora_layer(make_base(kind), r=6)
     x, dy = torch.randn(m, K), torch.randn(m, N)
     exact = lora_results(layer, x, dy)
-    rough = lora_results(copy.deepcopy(layer.to(torch.float32)), x, dy)
-    for name in exact:
-        assert same_bits(exact[name], rough[name])
     in_16_bits = copy.deepcopy(layer)
     in_16_bits.base.to(torch.bfloat16)
     rough = lora_results(in_16_bits, x.bfloat16(), dy.bfloat16())
@@ -422,7 +419,7 @@ def test_a_dense_base_that_is_trained_is_refused():
 
 def test_a_dense_base_of_another_dtype_is_refused():
     layer = LoRALinear(nn.Linear(K, N).bfloat16(), r=2)
-    with pytest.raises(ValueError, match=r"x is torch.float32, the base weight torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"x is torch.float32, base.weight is torch.bfloat16"):
         layer(torch.randn(3, K))
 
 
@@ -432,7 +429,7 @@ def test_an_x_that_does_not_fit_is_refused(kind, m):
     layer = LoRALinear(make_base(kind), r=2)
     with pytest.raises(ValueError, match=rf"lora_linear: x has shape \[{m}, 71\], w has k=70"):
         layer(torch.randn(m, 71))
-    with pytest.raises(ValueError, match=r"x is torch.float64|x is on meta"):
+    with pytest.raises(ValueError, match="x is torch.float64"):
         layer(torch.randn(m, K, dtype=torch.float64))
     with pytest.raises(ValueError, match="x is on meta, the weight is on cpu"):
         layer(torch.randn(m, K, device="meta"))
@@ -457,3 +454,19 @@ def test_factors_that_do_not_fit_are_refused(m):
     layer.lora_b = nn.Parameter(layer.lora_b.detach().to("meta"))
     with pytest.raises(ValueError, match="lora_a is on cpu and lora_b on meta, x is on cpu"):
         layer(x)
+
+
+def test_autocast_keeps_no_copy_of_a_dense_base():
+    layer = lora_layer(nn.Linear(K, N))
+    saved = []
+    x = torch.randn(40, K, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        y = layer(x)
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    extra = [t for t in saved if t is not None and t.data_ptr() not in parameters]
+    assert sorted(tuple(t.shape) for t in extra) == sorted([(40, K), (40, layer.r)])
+    y.float().sum().backward()
+    assert x.grad is not None

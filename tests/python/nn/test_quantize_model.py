@@ -179,3 +179,15 @@ def test_a_quantised_model_round_trips_through_its_state_dict():
 def test_a_dense_checkpoint_does_not_load_into_a_quantised_model():
     with pytest.raises(RuntimeError, match=r"blocks.0.up.weight.* want uint8"):
         quantize_model(Model()).load_state_dict(Model().state_dict())
+
+
+def test_matrices_outside_linear_layers_are_named_in_a_warning():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(8, 4)
+            self.weights = nn.Parameter(torch.zeros(4, 8, 8))
+
+    model = nn.ModuleDict({"experts": Experts(), "token": nn.Embedding(4, 8)})
+    with pytest.warns(UserWarning, match=r"leaves 1,024 bytes .* dense: experts\.weights$"):
+        quantize_model(model)

@@ -142,3 +142,30 @@ def test_training_reaches_the_loss_of_32_bits():
         return loss.item()
 
     assert train(PagedAdamW8bit, min_8bit_size=1) < 1.5 * train(PagedAdamW)
+
+
+def test_small_elements_beside_large_ones_do_not_run_away():
+    # A second moment below the smallest entry of its map must not become zero: with eps alone in
+    # the denominator what is left of the first moment would be a step of thousands of times lr.
+    large = torch.arange(4096) % BLOCK == 0
+    gradients = [torch.where(large, 1.0, 1e-4)] * 20 + [torch.zeros(4096)] * 3
+    gradients += [torch.randn(4096) * torch.where(large, 1.0, 3e-4) for _ in range(300)]
+    p8, p32 = (nn.Parameter(torch.zeros(4096)) for _ in range(2))
+    ours = PagedAdamW8bit([p8], weight_decay=0.0)
+    exact = torch.optim.AdamW([p32], weight_decay=0.0)
+    for gradient in gradients:
+        p8.grad, p32.grad = gradient, gradient
+        ours.step()
+        exact.step()
+    assert p8.abs().max() <= 1.5 * p32.abs().max()
+    assert (decode(ours.state[p8], "exp_avg_sq") > 0).all()
+
+
+def test_a_refused_size_names_the_setting_that_decides_it():
+    p = nn.Parameter(torch.zeros(5000))
+    p.grad = torch.ones(5000)
+    optimizer = PagedAdamW8bit([p])
+    optimizer.step()
+    other = PagedAdamW8bit([p], min_8bit_size=8192)
+    with pytest.raises(ValueError, match="min_8bit_size is 8192 here"):
+        other.load_state_dict(optimizer.state_dict())
