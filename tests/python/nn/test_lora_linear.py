@@ -429,7 +429,7 @@ def test_an_x_that_does_not_fit_is_refused(kind, m):
     layer = LoRALinear(make_base(kind), r=2)
     with pytest.raises(ValueError, match=rf"lora_linear: x has shape \[{m}, 71\], w has k=70"):
         layer(torch.randn(m, 71))
-    with pytest.raises(ValueError, match="x is torch.float64"):
+    with pytest.raises(ValueError, match=r"x is torch\.float64"):
         layer(torch.randn(m, K, dtype=torch.float64))
     with pytest.raises(ValueError, match="x is on meta, the weight is on cpu"):
         layer(torch.randn(m, K, device="meta"))

@@ -253,13 +253,14 @@ def test_a_default_device_does_not_reach_into_a_product():
     assert same_bits(y, layer(x))
 
 
-def test_threads_of_python_may_share_a_layer():
-    layer = nf4_layer(256, 512)
-    batches = [torch.randn(m, 512) for m in (1, 3, 9, 20)]
-    expected = [layer(x) for x in batches]
+def test_threads_of_python_do_not_disturb_each_other():
+    layers = [nf4_layer(256, 512) for _ in range(4)]
+    batches = [torch.randn(m, 512) for m in (1, 9, 20, 33)]
+    expected = [layer(x) for layer, x in zip(layers, batches, strict=True)]
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(10):
-            for y, wanted in zip(pool.map(layer, batches), expected, strict=True):
+        for _ in range(20):
+            results = pool.map(lambda layer, x: layer(x), layers, batches)
+            for y, wanted in zip(results, expected, strict=True):
                 assert same_bits(y, wanted)
 
 

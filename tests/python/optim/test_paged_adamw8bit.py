@@ -1,5 +1,8 @@
 """PagedAdamW8bit: how close to 32 bits it stays, and what it stores."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,6 +113,18 @@ def test_small_parameters_keep_32_bit_state():
     assert is_8bit == [False, True, False, False]
     for p, q, in_8_bits in zip(parameters, twins, is_8bit, strict=True):
         assert same_bits(p, q) != in_8_bits
+
+
+def test_a_copy_keeps_the_size_from_which_state_has_8_bits():
+    p = nn.Parameter(torch.ones(300))
+    for copied in (
+        copy.deepcopy(PagedAdamW8bit([p], min_8bit_size=256)),
+        pickle.loads(pickle.dumps(PagedAdamW8bit([p], min_8bit_size=256))),
+    ):
+        (q,) = copied.param_groups[0]["params"]
+        q.grad = torch.ones(300)
+        copied.step()
+        assert copied.state[q]["exp_avg"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 511, 513, 3000])
