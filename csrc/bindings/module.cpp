@@ -49,6 +49,8 @@ TensorView view_of_tensor(py::handle tensor) {
     view.shape.push_back(size.cast<std::int64_t>());
   }
   view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>());
+  check(view.data != nullptr || view.numel() == 0, "a tensor of shape ", view.shape,
+        " has no memory: it is fake, or its storage was freed");
   return view;
 }
 

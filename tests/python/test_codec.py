@@ -355,3 +355,10 @@ def test_a_weight_survives_pickle_and_a_move(double_quant):
     assert on_meta.dequantize().is_meta
     assert on_meta.dequantize().shape == (8, 64)
     assert on_meta.absmax.is_meta
+
+
+def test_a_tensor_whose_storage_was_freed_is_refused():
+    w = torch.randn(4, 64)
+    w.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"a tensor of shape \[4, 64\] has no memory"):
+        nf4_quantize(w)

@@ -175,6 +175,17 @@ TEST(CpuAdamW8bitEncoding, ASubnormalSecondMomentIsKept) {
   EXPECT_NEAR(trained.exp_avg_sq.absmax[0], 1e-43, 0x1p-149);
 }
 
+TEST(CpuAdamW8bitEncoding, ASecondMomentThatIsNotZeroIsNotEncodedAsZero) {
+  Generator generator(31);
+  Trained trained(DType::float32, DType::float32, 4, generator);
+  trained.grad.set(0, 1.0);
+  trained.grad.set(1, 1e-4);   // its square is a fiftieth of the map's least midpoint
+  trained.grad.set(2, 1e-22);  // its square is 0 in units of absmax, and in fp32
+  trained.grad.set(3, 0.0);
+  trained.step(1);
+  EXPECT_EQ(trained.exp_avg_sq.codes.bytes(), (std::vector<std::uint8_t>{255, 1, 0, 0}));
+}
+
 class CpuAdamW8bit : public testing::TestWithParam<DType> {};
 
 TEST_P(CpuAdamW8bit, StaysCloseTo32BitState) {
