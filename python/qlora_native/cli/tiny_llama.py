@@ -188,4 +188,8 @@ def _save(model: LlamaForCausalLM, run: TrainingRun, folder: Path) -> None:
         (Path(scratch) / "new" / _RUN_FILE).write_text(json.dumps(dataclasses.asdict(run)))
         if folder.exists():
             folder.rename(Path(scratch) / "old")
-        (Path(scratch) / "new").rename(folder)
+        try:
+            (Path(scratch) / "new").rename(folder)
+        except OSError:
+            if not folder.exists():  # else another run of the same demo was first
+                raise
