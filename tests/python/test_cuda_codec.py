@@ -5,14 +5,10 @@ import re
 import pytest
 import torch
 
-from qlora_native import NF4Weight, build_info, nf4_dequantize, nf4_quantize
+from qlora_native import NF4Weight, nf4_dequantize, nf4_quantize
 from qlora_native.ops.storage import NF4Tensors
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-    pytest.mark.skipif(not build_info()["cuda"], reason="this build has no CUDA backend"),
-]
+pytestmark = pytest.mark.cuda  # conftest.py skips these where there is no GPU, or no CUDA build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]

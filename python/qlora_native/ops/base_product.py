@@ -15,9 +15,9 @@ from torch import Tensor
 from qlora_native import _core
 from qlora_native.ops.storage import NF4Tensors, execution
 
-# Tokens up to which the scalar kernels beat dequantise + torch.mm on a CPU. Measured at 4096 ×
-# 4096, bf16, one thread: ours 14, 19, 35 ms at m = 1, 4, 16; dequantise 13 ms + torch.mm 8 ms = 21
-# ms at each.
+# Tokens up to which the scalar kernels beat dequantise + torch.mm on a CPU. Forward at 4096 × 4096,
+# bf16, two idle cores: ours 7.7, 10.1, 11.7, 19.7 ms at m = 1, 4, 6, 16; the workspace 11 ms
+# at each. In fp32, where torch's GEMM is slower, the two meet at m = 8.
 NATIVE_MAX_TOKENS = 4
 
 BaseWeight: TypeAlias = NF4Tensors | Tensor
