@@ -1,39 +1,15 @@
-// Picks the instruction set and splits each operation's range over threads.
+// Splits each operation's range over threads.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <numeric>
-#include <string_view>
 #include <vector>
 
 #include "core/backend.h"
-#include "cpu/cpu_kernels.h"
+#include "cpu/instruction_sets.h"
 #include "cpu/thread_pool.h"
 
 namespace qlora {
 namespace {
-
-/// Every compiled set that this processor can run, best last.
-std::vector<const CpuKernels*> attainable_kernels() { return {&scalar_kernels()}; }
-
-/// The best attainable set, or the one that QLORA_NATIVE_CPU_ISA names.
-const CpuKernels& choose_kernels() {
-  const auto attainable = attainable_kernels();
-  const char* const wanted = std::getenv("QLORA_NATIVE_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *attainable.back();
-  std::string names;
-  for (const CpuKernels* set : attainable) {
-    if (std::string_view(set->name) == wanted) return *set;
-    names.append(" ").append(set->name);
-  }
-  throw Unsupported(message("QLORA_NATIVE_CPU_ISA is '", wanted,
-                            "', but this build on this processor has:", names));
-}
-
-const CpuKernels& kernels() {
-  static const CpuKernels& chosen = choose_kernels();
-  return chosen;
-}
 
 NF4Bytes bytes_of(const NF4Weight& weight) {
   const auto bytes = [](const TensorView& tensor) {

@@ -65,6 +65,12 @@ struct CpuKernels {
                          std::int64_t end);
 };
 
+// Each set is defined in its folder. A set starts from the one before it and replaces what it does
+// better.
 const CpuKernels& scalar_kernels();
+const CpuKernels& avx2_kernels();
+const CpuKernels& avx512_kernels();
+const CpuKernels& avx512_bf16_kernels();
+const CpuKernels& amx_kernels();
 
 }  // namespace qlora
