@@ -7,6 +7,7 @@
 #include "core/backend.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/thread_pool.h"
+#include "cpu/work_split.h"
 
 namespace qlora {
 namespace {
@@ -22,26 +23,6 @@ NF4Bytes bytes_of(const NF4Weight& weight) {
           .n = weight.n,
           .k = weight.k,
           .block_size = weight.block_size};
-}
-
-/// A LoRA factor in fp32, rounded to the compute dtype once.
-std::vector<float> round_factor(const TensorView& factor, DType compute_dtype) {
-  std::vector<float> out(static_cast<std::size_t>(factor.numel()));
-  with_float_type(factor.dtype, [&]<typename F>(F) {
-    with_float_type(compute_dtype, [&]<typename T>(T) {
-      std::transform(factor.as<const F>(), factor.as<const F>() + factor.numel(), out.begin(),
-                     [](F value) { return round_through<T>(to_float(value)); });
-    });
-  });
-  return out;
-}
-
-// Least work worth a thread of its own, about 16 K elements: below that, waking it costs more.
-constexpr std::int64_t elements_per_grain = 16384;
-
-std::int64_t grain_for(std::int64_t elements_per_item) {
-  return std::max<std::int64_t>(1,
-                                elements_per_grain / std::max<std::int64_t>(1, elements_per_item));
 }
 
 class CpuBackend final : public Backend {
@@ -101,50 +82,21 @@ class CpuBackend final : public Backend {
 
   void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,
                   const TensorView& y, const ExecutionContext& context) const override {
-    const NF4Bytes bytes = bytes_of(weight);
-    parallel_for(context.num_threads, bytes.n, grain_for(bytes.k),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   kernels().nf4_linear(x, bytes, bias, y, begin, end);
-                 });
+    kernels().nf4_linear(x, bytes_of(weight), bias, y, context.num_threads);
   }
 
   void nf4_linear_grad_input(const TensorView& dy, const NF4Weight& weight, const TensorView& dx,
                              const ExecutionContext& context) const override {
-    const NF4Bytes bytes = bytes_of(weight);
-    parallel_for(context.num_threads, bytes.k, std::max<std::int64_t>(64, grain_for(bytes.n)),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   kernels().nf4_linear_grad_input(dy, bytes, dx, begin, end);
-                 });
+    kernels().nf4_linear_grad_input(dy, bytes_of(weight), dx, context.num_threads);
   }
 
   void lora_forward(const LoRAForward& arguments, const ExecutionContext& context) const override {
-    const auto factor_a = round_factor(arguments.lora_a, arguments.x.dtype);
-    const auto factor_b = round_factor(arguments.lora_b, arguments.x.dtype);
-    parallel_for(context.num_threads, arguments.x.shape[0], grain_for(arguments.lora_a.numel()),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   kernels().lora_forward(arguments, factor_a.data(), factor_b.data(), begin, end);
-                 });
+    kernels().lora_forward(arguments, context.num_threads);
   }
 
   void lora_backward(const LoRABackward& arguments,
                      const ExecutionContext& context) const override {
-    const auto factor_a = round_factor(arguments.lora_a, arguments.x.dtype);
-    const auto factor_b = round_factor(arguments.lora_b, arguments.x.dtype);
-    std::vector<float> u(static_cast<std::size_t>(arguments.t.numel()));
-    parallel_for(context.num_threads, arguments.x.shape[0], grain_for(arguments.lora_b.numel()),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   kernels().lora_backward_input(arguments, factor_a.data(), factor_b.data(),
-                                                 u.data(), begin, end);
-                 });
-    const std::int64_t elements_per_column = arguments.t.numel();
-    parallel_for(context.num_threads, arguments.x.shape[1], grain_for(elements_per_column),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   kernels().lora_backward_a(arguments, u.data(), begin, end);
-                 });
-    parallel_for(context.num_threads, arguments.dy.shape[1], grain_for(elements_per_column),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   kernels().lora_backward_b(arguments, begin, end);
-                 });
+    kernels().lora_backward(arguments, context.num_threads);
   }
 
   void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,

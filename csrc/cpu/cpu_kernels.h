@@ -1,6 +1,6 @@
-// The kernels that every instruction set provides. Each does a range of an operation's work, named
-// by its last two arguments, on one thread; cpu_backend.cpp splits the ranges over threads. scalar/
-// is the specification of the others.
+// The kernels that every instruction set provides. A kernel whose last two arguments are `begin` and
+// `end` does that range of an operation's work on one thread, and cpu_backend.cpp splits the ranges
+// over threads; the others split their work themselves. scalar/ is the specification of the others.
 #pragma once
 
 #include <cstdint>
@@ -26,30 +26,17 @@ struct CpuKernels {
   void (*nf4_dequantize)(const NF4Bytes& weight, const TensorView& out, std::int64_t begin,
                          std::int64_t end);
 
-  // -- linear
+  // -- linear and LoRA: whole operations, which pack operands first and then split their work over
+  // up to `num_threads` threads themselves
 
-  /// Columns [begin, end) of y, which are rows of W. `bias` may be absent.
   void (*nf4_linear)(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
-                     const TensorView& y, std::int64_t begin, std::int64_t end);
-  /// Columns [begin, end) of dx, which are columns of W.
+                     const TensorView& y, int num_threads);
   void (*nf4_linear_grad_input)(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
-                                std::int64_t begin, std::int64_t end);
+                                int num_threads);
+  void (*lora_forward)(const LoRAForward& arguments, int num_threads);
+  void (*lora_backward)(const LoRABackward& arguments, int num_threads);
 
-  // -- LoRA. `factor_a`[r,k] and `factor_b`[n,r] are fp32 copies, rounded to the dtype of x
-  // already.
-
-  /// Rows [begin, end) of t and y.
-  void (*lora_forward)(const LoRAForward& arguments, const float* factor_a, const float* factor_b,
-                       std::int64_t begin, std::int64_t end);
-  /// Rows [begin, end) of u (fp32 copy of values of the dtype of x) and of dx, if present.
-  void (*lora_backward_input)(const LoRABackward& arguments, const float* factor_a,
-                              const float* factor_b, float* u, std::int64_t begin,
-                              std::int64_t end);
-  /// Columns [begin, end) of grad_a, from all rows of u.
-  void (*lora_backward_a)(const LoRABackward& arguments, const float* u, std::int64_t begin,
-                          std::int64_t end);
-  /// Rows [begin, end) of grad_b.
-  void (*lora_backward_b)(const LoRABackward& arguments, std::int64_t begin, std::int64_t end);
+  // -- element-wise
 
   /// Elements [begin, end); begin is a multiple of 4.
   void (*dropout)(const TensorView& x, double p, std::int64_t seed, const TensorView& out,

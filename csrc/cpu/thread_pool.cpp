@@ -13,12 +13,10 @@
 namespace qlora {
 namespace {
 
-using Body = std::function<void(std::int64_t, std::int64_t)>;
-
 /// One parallel_for: pieces are claimed by an atomic counter.
 class Job {
  public:
-  Job(std::int64_t count, std::int64_t piece, const Body& body)
+  Job(std::int64_t count, std::int64_t piece, RangeFunction body)
       : count_(count), piece_(piece), body_(body) {}
 
   void work() noexcept {
@@ -40,7 +38,7 @@ class Job {
 
  private:
   const std::int64_t count_, piece_;
-  const Body& body_;
+  const RangeFunction body_;
   std::atomic<std::int64_t> next_{0};
   std::mutex error_mutex_;
   std::exception_ptr error_;
@@ -132,7 +130,7 @@ struct InsideJob {
 
 }  // namespace
 
-void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, const Body& body) {
+void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, RangeFunction body) {
   if (count <= 0) return;
   const std::int64_t grain_count = (count + grain - 1) / grain;
   const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, grain_count));

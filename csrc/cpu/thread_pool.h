@@ -4,9 +4,26 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 namespace qlora {
+
+/// A reference to a callable `void(begin, end)` that outlives the call it is passed to. Unlike
+/// std::function it allocates nothing and leaves no shared inline functions behind, so that sources
+/// compiled for one instruction set may use it.
+class RangeFunction {
+ public:
+  template <typename Function>
+  [[gnu::always_inline]] RangeFunction(const Function& function)  // NOLINT: converts on purpose
+      : object_(&function), call_([](const void* object, std::int64_t begin, std::int64_t end) {
+          (*static_cast<const Function*>(object))(begin, end);
+        }) {}
+
+  void operator()(std::int64_t begin, std::int64_t end) const { call_(object_, begin, end); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void* object, std::int64_t begin, std::int64_t end);
+};
 
 /// Calls `body(begin, end)` on disjoint pieces that cover [0, count), on up to `num_threads`
 /// threads, and returns when all are done. Pieces are multiples of `grain` long but for the last.
@@ -15,7 +32,6 @@ namespace qlora {
 /// The results must not depend on where the pieces are cut. A call made while another thread uses
 /// the pool, or from within a piece, runs on its own thread alone. A forked child starts with a
 /// pool of its own.
-void parallel_for(int num_threads, std::int64_t count, std::int64_t grain,
-                  const std::function<void(std::int64_t begin, std::int64_t end)>& body);
+void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, RangeFunction body);
 
 }  // namespace qlora

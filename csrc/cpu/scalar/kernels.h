@@ -14,17 +14,13 @@ void nf4_dequantize(const NF4Bytes& weight, const TensorView& out, std::int64_t 
                     std::int64_t end);
 
 void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
-                const TensorView& y, std::int64_t begin, std::int64_t end);
+                const TensorView& y, int num_threads);
 void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
-                           std::int64_t begin, std::int64_t end);
+                           int num_threads);
 
-void lora_forward(const LoRAForward& arguments, const float* factor_a, const float* factor_b,
-                  std::int64_t begin, std::int64_t end);
-void lora_backward_input(const LoRABackward& arguments, const float* factor_a,
-                         const float* factor_b, float* u, std::int64_t begin, std::int64_t end);
-void lora_backward_a(const LoRABackward& arguments, const float* u, std::int64_t begin,
-                     std::int64_t end);
-void lora_backward_b(const LoRABackward& arguments, std::int64_t begin, std::int64_t end);
+void lora_forward(const LoRAForward& arguments, int num_threads);
+void lora_backward(const LoRABackward& arguments, int num_threads);
+
 void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
              std::int64_t begin, std::int64_t end);
 

@@ -1,8 +1,11 @@
+#include <algorithm>
 #include <vector>
 
 #include "core/philox.h"
 #include "cpu/scalar/dot.h"
 #include "cpu/scalar/kernels.h"
+#include "cpu/thread_pool.h"
+#include "cpu/work_split.h"
 
 namespace qlora::scalar {
 namespace {
@@ -12,9 +15,22 @@ void to_floats(const T* in, float* out, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
 }
 
-}  // namespace
+/// A LoRA factor in fp32, rounded to the compute dtype once.
+std::vector<float> round_factor(const TensorView& factor, DType compute_dtype) {
+  std::vector<float> out(static_cast<std::size_t>(factor.numel()));
+  with_float_type(factor.dtype, [&]<typename F>(F) {
+    with_float_type(compute_dtype, [&]<typename T>(T) {
+      std::transform(factor.as<const F>(), factor.as<const F>() + factor.numel(), out.begin(),
+                     [](F value) { return round_through<T>(to_float(value)); });
+    });
+  });
+  return out;
+}
 
-void lora_forward(const LoRAForward& arguments, const float* factor_a, const float* factor_b,
+// In what follows factor_a[r,k] and factor_b[n,r] are such copies.
+
+/// Rows [begin, end) of t and y.
+void forward_rows(const LoRAForward& arguments, const float* factor_a, const float* factor_b,
                   std::int64_t begin, std::int64_t end) {
   const std::int64_t k = arguments.x.shape[1], n = arguments.y.shape[1], r = arguments.t.shape[1];
   with_float_type(arguments.x.dtype, [&]<typename T>(T) {
@@ -35,8 +51,9 @@ void lora_forward(const LoRAForward& arguments, const float* factor_a, const flo
   });
 }
 
-void lora_backward_input(const LoRABackward& arguments, const float* factor_a,
-                         const float* factor_b, float* u, std::int64_t begin, std::int64_t end) {
+/// Rows [begin, end) of u (fp32 copies of values of the dtype of x) and of dx, if present.
+void backward_input(const LoRABackward& arguments, const float* factor_a, const float* factor_b,
+                    float* u, std::int64_t begin, std::int64_t end) {
   const std::int64_t k = arguments.x.shape[1], n = arguments.dy.shape[1], r = arguments.t.shape[1];
   with_float_type(arguments.x.dtype, [&]<typename T>(T) {
     std::vector<float> sums(static_cast<std::size_t>(std::max(r, k)));
@@ -63,8 +80,9 @@ void lora_backward_input(const LoRABackward& arguments, const float* factor_a,
   });
 }
 
-void lora_backward_a(const LoRABackward& arguments, const float* u, std::int64_t begin,
-                     std::int64_t end) {
+/// Columns [begin, end) of grad_a, from all rows of u.
+void backward_a(const LoRABackward& arguments, const float* u, std::int64_t begin,
+                std::int64_t end) {
   const std::int64_t m = arguments.x.shape[0], k = arguments.x.shape[1], r = arguments.t.shape[1];
   const std::int64_t width = end - begin;
   std::vector<float> sums(static_cast<std::size_t>(r * width)),
@@ -87,7 +105,8 @@ void lora_backward_a(const LoRABackward& arguments, const float* u, std::int64_t
   });
 }
 
-void lora_backward_b(const LoRABackward& arguments, std::int64_t begin, std::int64_t end) {
+/// Rows [begin, end) of grad_b.
+void backward_b(const LoRABackward& arguments, std::int64_t begin, std::int64_t end) {
   const std::int64_t m = arguments.dy.shape[0], n = arguments.dy.shape[1], r = arguments.t.shape[1];
   std::vector<float> sums(static_cast<std::size_t>((end - begin) * r)),
       t_row(static_cast<std::size_t>(r));
@@ -106,6 +125,33 @@ void lora_backward_b(const LoRABackward& arguments, std::int64_t begin, std::int
           from_float<T>(arguments.scaling * sums[static_cast<std::size_t>(i)]);
     }
   });
+}
+
+}  // namespace
+
+void lora_forward(const LoRAForward& arguments, int num_threads) {
+  const auto factor_a = round_factor(arguments.lora_a, arguments.x.dtype);
+  const auto factor_b = round_factor(arguments.lora_b, arguments.x.dtype);
+  parallel_for(num_threads, arguments.x.shape[0], grain_for(arguments.lora_a.numel()),
+               [&](std::int64_t begin, std::int64_t end) {
+                 forward_rows(arguments, factor_a.data(), factor_b.data(), begin, end);
+               });
+}
+
+void lora_backward(const LoRABackward& arguments, int num_threads) {
+  const auto factor_a = round_factor(arguments.lora_a, arguments.x.dtype);
+  const auto factor_b = round_factor(arguments.lora_b, arguments.x.dtype);
+  std::vector<float> u(static_cast<std::size_t>(arguments.t.numel()));
+  parallel_for(num_threads, arguments.x.shape[0], grain_for(arguments.lora_b.numel()),
+               [&](std::int64_t begin, std::int64_t end) {
+                 backward_input(arguments, factor_a.data(), factor_b.data(), u.data(), begin, end);
+               });
+  const std::int64_t elements_per_column = arguments.t.numel();
+  parallel_for(
+      num_threads, arguments.x.shape[1], grain_for(elements_per_column),
+      [&](std::int64_t begin, std::int64_t end) { backward_a(arguments, u.data(), begin, end); });
+  parallel_for(num_threads, arguments.dy.shape[1], grain_for(elements_per_column),
+               [&](std::int64_t begin, std::int64_t end) { backward_b(arguments, begin, end); });
 }
 
 void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,

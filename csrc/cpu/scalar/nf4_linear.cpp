@@ -1,8 +1,11 @@
+#include <algorithm>
 #include <vector>
 
 #include "cpu/scalar/dot.h"
 #include "cpu/scalar/kernels.h"
 #include "cpu/scalar/nf4_decode.h"
+#include "cpu/thread_pool.h"
+#include "cpu/work_split.h"
 
 namespace qlora::scalar {
 namespace {
@@ -10,6 +13,7 @@ namespace {
 // Tokens whose fp32 copies are worked on together: a decoded row of W is used for each of them.
 constexpr std::int64_t tokens_per_tile = 64;
 
+/// Columns [begin, end) of y, which are rows of W.
 template <typename T>
 void linear(const T* x, const NF4Bytes& w, const T* bias, T* y, std::int64_t m, std::int64_t begin,
             std::int64_t end) {
@@ -30,6 +34,7 @@ void linear(const T* x, const NF4Bytes& w, const T* bias, T* y, std::int64_t m, 
   }
 }
 
+/// Columns [begin, end) of dx, which are columns of W.
 template <typename T>
 void linear_grad_input(const T* dy, const NF4Bytes& w, T* dx, std::int64_t m, std::int64_t begin,
                        std::int64_t end) {
@@ -57,17 +62,23 @@ void linear_grad_input(const T* dy, const NF4Bytes& w, T* dx, std::int64_t m, st
 }  // namespace
 
 void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
-                const TensorView& y, std::int64_t begin, std::int64_t end) {
+                const TensorView& y, int num_threads) {
   with_float_type(x.dtype, [&]<typename T>(T) {
-    linear(x.as<const T>(), weight, bias.is_present ? bias.as<const T>() : nullptr, y.as<T>(),
-           x.shape[0], begin, end);
+    parallel_for(num_threads, weight.n, grain_for(weight.k),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   linear(x.as<const T>(), weight, bias.is_present ? bias.as<const T>() : nullptr,
+                          y.as<T>(), x.shape[0], begin, end);
+                 });
   });
 }
 
 void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
-                           std::int64_t begin, std::int64_t end) {
+                           int num_threads) {
   with_float_type(dy.dtype, [&]<typename T>(T) {
-    linear_grad_input(dy.as<const T>(), weight, dx.as<T>(), dy.shape[0], begin, end);
+    parallel_for(num_threads, weight.k, std::max<std::int64_t>(64, grain_for(weight.n)),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   linear_grad_input(dy.as<const T>(), weight, dx.as<T>(), dy.shape[0], begin, end);
+                 });
   });
 }
 
