@@ -15,6 +15,10 @@ function(qlora_add_cpu_set target name)
   # Optimised in debug builds too: intrinsics are slow calls otherwise, and inline functions that stay out of line could be
   # taken by the linker for code that must run without the set (tests/cpp/cpu/set_isolation.cmake looks).
   target_compile_options(qlora_cpu_${name} PRIVATE ${QLORA_${upper}_FLAGS} $<$<CONFIG:Debug>:-O2>)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+    # Its own intrinsics headers trip these (GCC bug 105593).
+    target_compile_options(qlora_cpu_${name} PRIVATE -Wno-uninitialized -Wno-maybe-uninitialized)
+  endif()
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:qlora_cpu_${name}>)
 endfunction()
 
@@ -32,7 +36,8 @@ function(qlora_add_cpu_sets target)
   qlora_add_cpu_set(${target} avx2
     csrc/cpu/avx2/kernels.cpp)
   qlora_add_cpu_set(${target} avx512
-    csrc/cpu/avx512/kernels.cpp)
+    csrc/cpu/avx512/kernels.cpp
+    csrc/cpu/avx512/nf4_linear.cpp)
   qlora_add_cpu_set(${target} avx512_bf16
     csrc/cpu/avx512_bf16/kernels.cpp)
   qlora_add_cpu_set(${target} amx

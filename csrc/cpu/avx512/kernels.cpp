@@ -1,4 +1,4 @@
-#include "cpu/cpu_kernels.h"
+#include "cpu/avx512/kernels.h"
 
 namespace qlora {
 
@@ -6,6 +6,8 @@ const CpuKernels& avx512_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = avx2_kernels();
     set.name = "avx512";
+    set.nf4_linear = avx512::nf4_linear;
+    set.nf4_linear_grad_input = avx512::nf4_linear_grad_input;
     return set;
   }();
   return kernels;

@@ -13,10 +13,17 @@ struct LinearShape {
 
 // One token; one element; one block; k odd and no multiple of the block; rows that begin within a
 // byte; n = 1; more tokens than a kernel's tile; a block longer than the weight; sizes of zero.
+//
+// The last lines are rows of whole halves of a SIMD kernel's chunk of 128: one half; an odd number of
+// them; blocks that straddle rows; tokens, rows and columns around multiples of 8, 16 and 32, more
+// than one panel of each, more tokens than are packed at once.
 constexpr LinearShape shapes[] = {
     {1, 1, 1, 32},    {1, 3, 5, 32},     {1, 8, 64, 64},  {2, 1, 33, 32},   {3, 17, 31, 64},
     {4, 5, 97, 32},   {5, 9, 255, 128},  {65, 7, 66, 64}, {130, 3, 40, 32}, {2, 33, 257, 4096},
     {1, 2, 4099, 64}, {6, 64, 128, 256}, {0, 4, 64, 64},  {3, 0, 64, 64},   {3, 4, 0, 64},
+    {3, 5, 64, 64},    {1, 1, 128, 64},    {2, 33, 192, 64},   {8, 16, 320, 128},
+    {9, 31, 448, 256}, {16, 32, 640, 64},  {17, 15, 64, 4096}, {31, 300, 192, 64},
+    {33, 47, 576, 64}, {4, 530, 128, 512}, {48, 17, 1088, 64}, {531, 34, 192, 64},
 };
 
 class CpuNF4Linear : public testing::TestWithParam<std::tuple<DType, bool>> {

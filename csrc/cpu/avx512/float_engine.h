@@ -1,0 +1,151 @@
+// Tiles of fp32 for AVX-512, of activations in any float dtype T: what cpu/simd/tile_product.h asks
+// of an engine.
+#pragma once
+
+#include "cpu/avx512/nf4_decode.h"
+#include "cpu/avx512/tile_layout.h"
+#include "cpu/avx512/transpose.h"
+
+namespace qlora::avx512 {
+namespace {
+
+template <typename T>
+struct FloatEngine {
+  using Activation = T;
+  using Simd = avx512::Simd;
+  static constexpr std::int64_t inner_per_tile = 16;
+  static constexpr std::int64_t tiles_per_chunk = 8;  // inner tiles forward, column tiles backward
+
+  static void begin() {}
+  static void end() {}
+
+  /// Columns [0, 128) of up to 16 tokens, `count` of them there and `width` of the columns, as
+  /// column tiles: tile s, row d, column t is x[t][8 d + (s ^ 1)].
+  static void pack_columns(const T* x, std::int64_t stride, std::int64_t count, std::int64_t width,
+                           float* tiles) {
+    for (std::int64_t first = 0; first < chunk_weights; first += 16) {
+      __m512i rows[16];
+      load_rows(x + first, stride, count, width - first, rows);
+      transpose16(rows);
+      for (std::int64_t i = 0; i < 16; ++i) {
+        const std::int64_t d = (first + i) / 8, s = ((first + i) % 8) ^ 1;
+        _mm512_store_si512(tiles + (s * 16 + d) * 16, rows[i]);
+      }
+    }
+  }
+
+  /// One row tile: 16 inner elements of up to 16 tokens.
+  static void pack_rows(const T* dy, std::int64_t stride, std::int64_t count, std::int64_t width,
+                        float* tile) {
+    __m512i rows[16];
+    load_rows(dy, stride, count, width, rows);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 16 * i, rows[i]);
+  }
+
+  /// A chunk of one row of W as row `row` of 8 row tiles.
+  QLORA_INLINE static void decode_row(const std::uint8_t* codes, bool is_whole, float scale0,
+                                      float scale1, float* tiles, std::int64_t row) {
+    __m512 planes[8];
+    decode_floats<T>(load_codes(codes, is_whole), scale0, scale1, planes);
+    for (int s = 0; s < 8; ++s) _mm512_store_ps(tiles + s * tile_floats + row * 16, planes[s]);
+  }
+
+  static constexpr std::int64_t rows_per_decode = 1;
+
+  /// A chunk of one row of W as row `i` of 8 column tiles, `tile_stride` floats apart.
+  QLORA_INLINE static void decode_columns(const std::uint8_t* const (&codes)[1], bool is_whole,
+                                          const float (&scales)[1][2], float* tiles,
+                                          std::int64_t tile_stride, std::int64_t i) {
+    __m512 planes[8];
+    decode_floats<T>(load_codes(codes[0], is_whole), scales[0][0], scales[0][1], planes);
+    for (int s = 0; s < 8; ++s) _mm512_store_ps(tiles + s * tile_stride + i * 16, planes[s]);
+  }
+
+  /// Sums of one token over the 8 column tiles of a chunk, into column order.
+  QLORA_INLINE static void order_columns(const float* const (&tiles)[8], std::int64_t token,
+                                         __m512 (&columns)[8]) {
+    __m512 o[8];
+    for (int i = 0; i < 8; ++i) o[i] = _mm512_load_ps(tiles[i ^ 1] + token * 16);
+    __m512 low[4], high[4];  // [j] lane L: columns 8 (4 L + j) + 0..3, and + 4..7
+    transpose_4x4_in_lanes(o, low);
+    transpose_4x4_in_lanes(o + 4, high);
+    for (int pair = 0; pair < 2; ++pair) {
+      const __m512 rows[4] = {low[2 * pair], high[2 * pair], low[2 * pair + 1], high[2 * pair + 1]};
+      __m512 lanes[4];
+      transpose_lanes(rows, lanes);
+      for (int lane = 0; lane < 4; ++lane) columns[2 * lane + pair] = lanes[lane];
+    }
+  }
+
+  /// sums[row tile][column tile] += A · B over `inner_tiles` tiles, or = where `is_first`.
+  static void multiply(const TileProduct& p) {
+    for (std::int64_t r = 0; r < p.row_tiles; ++r) {
+      for (std::int64_t row = 0; row < 16 && r * 16 + row < p.row_count; row += 8) {
+        if (p.column_tiles == 2) {
+          multiply_rows<2>(p, r, row);
+        } else {
+          multiply_rows<1>(p, r, row);
+        }
+      }
+    }
+  }
+
+ private:
+  QLORA_INLINE static void load_rows(const T* x, std::int64_t stride, std::int64_t count,
+                                     std::int64_t width, __m512i (&rows)[16]) {
+    for (std::int64_t i = 0; i < 16; ++i) {
+      if (i >= count || width <= 0) {
+        rows[i] = _mm512_setzero_si512();
+      } else if (width >= 16) {
+        rows[i] = _mm512_castps_si512(Simd::load(x + i * stride).v);
+      } else {
+        rows[i] = _mm512_castps_si512(Simd::load_partial(x + i * stride, width).v);
+      }
+    }
+  }
+
+  template <int column_tiles>
+  QLORA_INLINE static void multiply_rows(const TileProduct& p, std::int64_t row_tile,
+                                         std::int64_t row) {
+    __m512 sums[8][column_tiles];
+    float* const out = p.sums + row_tile * p.sums_row_stride + row * 16;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 2
+      for (int c = 0; c < column_tiles; ++c) {
+        sums[i][c] =
+            p.is_first ? _mm512_setzero_ps() : _mm512_load_ps(out + c * tile_floats + i * 16);
+      }
+    }
+    const float* a = p.a + row_tile * p.a_stride + row * 16;
+    const float* b = p.b;
+    for (std::int64_t tile = 0; tile < p.inner_tiles; ++tile) {
+#pragma GCC unroll 2
+      for (int d = 0; d < 16; ++d) {
+        __m512 columns[column_tiles];
+        for (int c = 0; c < column_tiles; ++c) {
+          columns[c] = _mm512_load_ps(b + c * p.b_stride + d * 16);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          const __m512 weight = _mm512_set1_ps(a[i * 16 + d]);
+          for (int c = 0; c < column_tiles; ++c) {
+            sums[i][c] = _mm512_fmadd_ps(weight, columns[c], sums[i][c]);
+          }
+        }
+      }
+      a += tile_floats;
+      b += tile_floats;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 2
+      for (int c = 0; c < column_tiles; ++c) {
+        _mm512_store_ps(out + c * tile_floats + i * 16, sums[i][c]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qlora::avx512
