@@ -39,7 +39,9 @@ function(qlora_add_cpu_sets target)
     csrc/cpu/avx512/kernels.cpp
     csrc/cpu/avx512/nf4_linear.cpp)
   qlora_add_cpu_set(${target} avx512_bf16
-    csrc/cpu/avx512_bf16/kernels.cpp)
+    csrc/cpu/avx512_bf16/kernels.cpp
+    csrc/cpu/avx512_bf16/nf4_linear.cpp)
   qlora_add_cpu_set(${target} amx
-    csrc/cpu/amx/kernels.cpp)
+    csrc/cpu/amx/kernels.cpp
+    csrc/cpu/amx/nf4_linear.cpp)
 endfunction()

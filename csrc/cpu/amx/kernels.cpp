@@ -1,4 +1,4 @@
-#include "cpu/cpu_kernels.h"
+#include "cpu/amx/kernels.h"
 
 namespace qlora {
 
@@ -6,6 +6,8 @@ const CpuKernels& amx_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = avx512_bf16_kernels();
     set.name = "amx";
+    set.nf4_linear = amx::nf4_linear;
+    set.nf4_linear_grad_input = amx::nf4_linear_grad_input;
     return set;
   }();
   return kernels;

@@ -14,7 +14,8 @@ struct FloatEngine {
   using Activation = T;
   using Simd = avx512::Simd;
   static constexpr std::int64_t inner_per_tile = 16;
-  static constexpr std::int64_t tiles_per_chunk = 8;  // inner tiles forward, column tiles backward
+  static constexpr std::int64_t tiles_per_inner_chunk = 8;
+  static constexpr std::int64_t tiles_per_column_chunk = 8;
 
   static void begin() {}
   static void end() {}

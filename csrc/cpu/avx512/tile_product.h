@@ -72,7 +72,7 @@ void forward_rows(const NF4Bytes& w, const float* packed, const typename Engine:
                   typename Engine::Activation* y, std::int64_t m, std::int64_t begin,
                   std::int64_t end) {
   using Simd = typename Engine::Simd;
-  constexpr std::int64_t chunk_tiles = Engine::tiles_per_chunk;
+  constexpr std::int64_t chunk_tiles = Engine::tiles_per_inner_chunk;
   const std::int64_t token_tiles = ceil_divide(m, 16), chunks = ceil_divide(w.k, chunk_weights);
   const std::int64_t inner_tiles = chunks * chunk_tiles;
   // Few tokens use a panel once: it had better stay in L1.
@@ -140,7 +140,7 @@ void forward(const typename Engine::Activation* x, const NF4Bytes& w,
              const typename Engine::Activation* bias, typename Engine::Activation* y,
              std::int64_t m_total, int num_threads) {
   const std::int64_t chunks = ceil_divide(w.k, chunk_weights);
-  const std::int64_t chunk_floats = Engine::tiles_per_chunk * tile_floats;
+  const std::int64_t chunk_floats = Engine::tiles_per_inner_chunk * tile_floats;
   for (std::int64_t first = 0; first < m_total; first += tokens_per_pass) {
     const std::int64_t m = least(tokens_per_pass, m_total - first);
     const std::int64_t token_tiles = ceil_divide(m, 16);
@@ -169,7 +169,7 @@ template <typename Engine>
 void grad_input_columns(const NF4Bytes& w, const float* packed, typename Engine::Activation* dx,
                         std::int64_t m, std::int64_t begin, std::int64_t end) {
   using Simd = typename Engine::Simd;
-  constexpr std::int64_t chunk_tiles = Engine::tiles_per_chunk;
+  constexpr std::int64_t chunk_tiles = Engine::tiles_per_column_chunk;
   constexpr std::int64_t panel_rows = panel_inner_tiles * Engine::inner_per_tile;
   constexpr std::int64_t chunks_at_once = panel_tiles / chunk_tiles;
   const std::int64_t token_tiles = ceil_divide(m, 16);

@@ -1,4 +1,4 @@
-#include "cpu/cpu_kernels.h"
+#include "cpu/avx512_bf16/kernels.h"
 
 namespace qlora {
 
@@ -6,6 +6,8 @@ const CpuKernels& avx512_bf16_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = avx512_kernels();
     set.name = "avx512_bf16";
+    set.nf4_linear = avx512_bf16::nf4_linear;
+    set.nf4_linear_grad_input = avx512_bf16::nf4_linear_grad_input;
     return set;
   }();
   return kernels;
