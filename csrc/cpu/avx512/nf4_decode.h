@@ -30,6 +30,19 @@ inline bool is_chunked(const NF4Bytes& weight) {
          weight.block_size >= half_chunk_weights;
 }
 
+/// The scale of block `b` in fp32.
+QLORA_INLINE float decode_scale(const NF4Bytes& weight, std::int64_t b) {
+  float absmax, offset;
+  if (weight.nested_offset == nullptr) {
+    __builtin_memcpy(&absmax, weight.absmax + 4 * b, sizeof absmax);
+    return absmax;
+  }
+  __builtin_memcpy(&absmax, weight.nested_absmax + 4 * (b / nf4_blocks_per_nested_block),
+                   sizeof absmax);
+  __builtin_memcpy(&offset, weight.nested_offset, sizeof offset);
+  return signed_dynamic_map.values.data()[weight.absmax[b]] * absmax + offset;
+}
+
 /// Scales of blocks [first, first + count) in fp32.
 inline void decode_scales(const NF4Bytes& weight, std::int64_t first, std::int64_t count,
                           float* out) {
@@ -57,7 +70,8 @@ inline void decode_scales(const NF4Bytes& weight, std::int64_t first, std::int64
 
 /// The codes of a chunk, or of its first half with zeros after it.
 QLORA_INLINE __m512i load_codes(const std::uint8_t* codes, bool is_whole) {
-  return _mm512_maskz_loadu_epi64(is_whole ? 0xff : 0x0f, codes);
+  if (is_whole) return _mm512_loadu_si512(codes);
+  return _mm512_maskz_loadu_epi64(0x0f, codes);
 }
 
 alignas(64) constexpr float nf4_levels[nf4_level_count] = {

@@ -19,11 +19,12 @@ namespace {
 
 // Tokens that are packed and worked on together: bounds the workspaces.
 constexpr std::int64_t tokens_per_pass = 512;
-// Inner tiles of a panel: with two tiles of the other operand, 32 KB of a 48 KB (or 32 KB) L1.
-constexpr std::int64_t panel_inner_tiles = 16;
-// Tiles of W in a panel, at most: 16 of 16 inner tiles are 256 KB of L2, and their sums with 512
-// tokens as much again.
-constexpr std::int64_t panel_tiles = 16;
+// Inner tiles of a panel of W. Two tiles of it and two of the tokens' are in use at a time: 32 KB of
+// an L1 of 32 to 48 KB.
+constexpr std::int64_t panel_inner_tiles = 8;
+// Row tiles whose sums are worked on together, so that the tokens' share of a panel stays in L2: the
+// sums of 256 rows and 512 tokens are 512 KB.
+constexpr std::int64_t row_tiles_at_once = 16;
 
 inline float* float_workspace(Workspace purpose, std::int64_t count) {
   return static_cast<float*>(
@@ -66,54 +67,86 @@ void multiply_panel(const float* panel, const float* packed, std::int64_t packed
 
 // ---- forward
 
-/// Tiles of rows [begin, end) of W, with all packed tokens.
+/// The scale of every half chunk of row `j`, two to a chunk.
+inline void decode_row_scales(const NF4Bytes& w, std::int64_t j, std::int64_t half_chunks,
+                              float* out) {
+  const std::int64_t first = j * w.k / w.block_size;
+  if (w.block_size == half_chunk_weights) return decode_scales(w, first, half_chunks, out);
+  for (std::int64_t h = 0; h < half_chunks; ++h) {
+    const std::int64_t block = (j * w.k + h * half_chunk_weights) / w.block_size;
+    if (h > 0 && block == (j * w.k + (h - 1) * half_chunk_weights) / w.block_size) {
+      out[h] = out[h - 1];
+    } else {
+      decode_scales(w, block, 1, out + h);
+    }
+  }
+}
+
+/// Row `j` of W, inner tiles [begin, end) of it, as row `row` of a row tile. A row that W does not
+/// have is zeros.
+template <typename Engine>
+QLORA_INLINE void decode_panel_row(const NF4Bytes& w, std::int64_t j, const float* scales,
+                                   std::int64_t begin, std::int64_t end,
+                                   std::int64_t prefetch_bytes, float* tiles, std::int64_t row) {
+  constexpr std::int64_t chunk_tiles = Engine::tiles_per_inner_chunk;
+  const std::int64_t whole_chunks = w.k / chunk_weights;
+  const std::uint8_t* const codes = w.codes + j * w.k / 2;
+  for (std::int64_t i = begin; i < end; i += chunk_tiles, tiles += chunk_tiles * tile_floats) {
+    const std::int64_t chunk = i / chunk_tiles;
+    const std::uint8_t* const chunk_codes = codes + chunk * (chunk_weights / 2);
+    _mm_prefetch(reinterpret_cast<const char*>(chunk_codes + prefetch_bytes), _MM_HINT_T0);
+    Engine::decode_row(chunk_codes, chunk < whole_chunks, scales[2 * chunk], scales[2 * chunk + 1],
+                       tiles, row);
+  }
+}
+
+/// Row tiles [begin, end) of W with all packed tokens.
 template <typename Engine>
 void forward_rows(const NF4Bytes& w, const float* packed, const typename Engine::Activation* bias,
                   typename Engine::Activation* y, std::int64_t m, std::int64_t begin,
                   std::int64_t end) {
   using Simd = typename Engine::Simd;
-  constexpr std::int64_t chunk_tiles = Engine::tiles_per_inner_chunk;
-  const std::int64_t token_tiles = ceil_divide(m, 16), chunks = ceil_divide(w.k, chunk_weights);
-  const std::int64_t inner_tiles = chunks * chunk_tiles;
-  // Few tokens use a panel once: it had better stay in L1.
-  const std::int64_t tiles_at_once = token_tiles <= 2 ? 2 : panel_tiles;
-  float* const panel =
-      float_workspace(Workspace::weight_panel, tiles_at_once * panel_inner_tiles * tile_floats);
-  float* const sums = float_workspace(Workspace::sums, tiles_at_once * token_tiles * tile_floats);
-  // Two scales a chunk, also where a block is longer.
-  float* const scales = float_workspace(Workspace::scales, 16 * tiles_at_once * w.k / 64 + 16);
+  const std::int64_t token_tiles = ceil_divide(m, 16);
+  const std::int64_t inner_tiles = ceil_divide(w.k, chunk_weights) * Engine::tiles_per_inner_chunk;
+  const std::int64_t half_chunks = w.k / half_chunk_weights;
+  const std::int64_t scales_per_row = half_chunks + 1;  // an odd number of halves is read as even
+  constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats;
+  float* const panel = float_workspace(Workspace::weight_panel, 2 * panel_stride);
+  float* const sums =
+      float_workspace(Workspace::sums, row_tiles_at_once * token_tiles * tile_floats);
+  float* const scales = float_workspace(Workspace::scales, 16 * row_tiles_at_once * scales_per_row);
 
-  for (std::int64_t tile = begin; tile < end; tile += tiles_at_once) {
-    const std::int64_t tiles = least(tiles_at_once, end - tile);
+  for (std::int64_t tile = begin; tile < end; tile += row_tiles_at_once) {
+    const std::int64_t tiles = least(row_tiles_at_once, end - tile);
     const std::int64_t first_row = 16 * tile, rows = least(16 * tiles, w.n - first_row);
-    const std::int64_t first_block = first_row * w.k / w.block_size;
-    decode_scales(w, first_block, ceil_divide((first_row + rows) * w.k, w.block_size) - first_block,
-                  scales);
-    const int block_shift = __builtin_ctzll(static_cast<unsigned long long>(w.block_size));
+    for (std::int64_t row = 0; row < rows; ++row) {
+      float* const row_scales = scales + row * scales_per_row;
+      decode_row_scales(w, first_row + row, half_chunks, row_scales);
+      row_scales[half_chunks] = 0.0f;
+    }
 
     for (std::int64_t inner = 0; inner < inner_tiles; inner += panel_inner_tiles) {
-      const std::int64_t inner_end = least(inner + panel_inner_tiles, inner_tiles);
-      for (std::int64_t row = 0; row < 16 * tiles; ++row) {
-        float* const row_tiles = panel + row / 16 * panel_inner_tiles * tile_floats;
-        for (std::int64_t i = inner; i < inner_end; i += chunk_tiles) {
-          float* const tile_of_row = row_tiles + (i - inner) * tile_floats;
-          if (row >= rows) {
-            for (std::int64_t s = 0; s < chunk_tiles; ++s) {
-              _mm512_store_ps(tile_of_row + s * tile_floats + row % 16 * 16, _mm512_setzero_ps());
+      const std::int64_t inner_count = least(panel_inner_tiles, inner_tiles - inner);
+      for (std::int64_t r = 0; r < tiles; r += 2) {
+        const std::int64_t pair = least(2, tiles - r);
+        for (std::int64_t i = 0; i < 16 * pair; ++i) {
+          const std::int64_t row = 16 * r + i;
+          float* const row_tile = panel + i / 16 * panel_stride;
+          if (row < rows) {
+            // What the next pair of tiles will read.
+            const std::int64_t prefetch_bytes = 32 * w.k / 2;
+            decode_panel_row<Engine>(w, first_row + row, scales + row * scales_per_row, inner,
+                                     inner + inner_count, prefetch_bytes, row_tile, i % 16);
+          } else {
+            for (std::int64_t t = 0; t < inner_count; ++t) {
+              _mm512_store_ps(row_tile + t * tile_floats + i % 16 * 16, _mm512_setzero_ps());
             }
-            continue;
           }
-          const std::int64_t column = i / chunk_tiles * chunk_weights;
-          const std::int64_t e = (first_row + row) * w.k + column;
-          const bool is_whole = column + chunk_weights <= w.k;
-          const float* const scale = scales - first_block;
-          const float scale0 = scale[e >> block_shift];
-          const float scale1 = is_whole ? scale[(e + half_chunk_weights) >> block_shift] : 0.0f;
-          Engine::decode_row(w.codes + e / 2, is_whole, scale0, scale1, tile_of_row, row % 16);
         }
+        multiply_panel<Engine, true>(panel, packed + inner * tile_floats, inner_tiles * tile_floats,
+                                     pair, token_tiles, m, inner_count, inner == 0,
+                                     sums + r * token_tiles * tile_floats);
       }
-      multiply_panel<Engine, true>(panel, packed + inner * tile_floats, inner_tiles * tile_floats,
-                                   tiles, token_tiles, m, inner_end - inner, inner == 0, sums);
     }
 
     for (std::int64_t t = 0; t < token_tiles; ++t) {
@@ -164,76 +197,65 @@ void forward(const typename Engine::Activation* x, const NF4Bytes& w,
 
 // ---- gradient of the input
 
+// A panel reads one or two cache lines of each row: too little for the processor's own prefetchers.
+constexpr std::int64_t rows_ahead = 32;
+
+/// The scales of the two halves of the chunk that begins at element `e`.
+QLORA_INLINE void decode_chunk_scales(const NF4Bytes& w, std::int64_t e, bool is_whole,
+                                      float (&scales)[2]) {
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.block_size));
+  const std::int64_t block0 = e >> shift, block1 = (e + half_chunk_weights) >> shift;
+  scales[0] = decode_scale(w, block0);
+  if (is_whole) scales[1] = block1 == block0 ? scales[0] : decode_scale(w, block1);
+}
+
 /// Chunks of columns [begin, end) of dx, of all packed tokens.
 template <typename Engine>
 void grad_input_columns(const NF4Bytes& w, const float* packed, typename Engine::Activation* dx,
                         std::int64_t m, std::int64_t begin, std::int64_t end) {
   using Simd = typename Engine::Simd;
   constexpr std::int64_t chunk_tiles = Engine::tiles_per_column_chunk;
-  constexpr std::int64_t panel_rows = panel_inner_tiles * Engine::inner_per_tile;
-  constexpr std::int64_t chunks_at_once = panel_tiles / chunk_tiles;
+  constexpr std::int64_t step = Engine::rows_per_decode;
+  constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats;
   const std::int64_t token_tiles = ceil_divide(m, 16);
   const std::int64_t inner_tiles = ceil_divide(w.n, Engine::inner_per_tile);
-  constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats;
-  float* const panel = float_workspace(Workspace::weight_panel, panel_tiles * panel_stride);
-  float* const sums = float_workspace(Workspace::sums, panel_tiles * token_tiles * tile_floats);
-  const int block_shift = __builtin_ctzll(static_cast<unsigned long long>(w.block_size));
+  float* const panel = float_workspace(Workspace::weight_panel, chunk_tiles * panel_stride);
+  float* const sums = float_workspace(Workspace::sums, chunk_tiles * token_tiles * tile_floats);
 
-  for (std::int64_t chunk = begin; chunk < end; chunk += chunks_at_once) {
-    const std::int64_t chunk_count = least(chunks_at_once, end - chunk);
+  for (std::int64_t chunk = begin; chunk < end; ++chunk) {
+    const std::int64_t column = chunk * chunk_weights;
+    const bool is_whole = column + chunk_weights <= w.k;
     for (std::int64_t inner = 0; inner < inner_tiles; inner += panel_inner_tiles) {
-      const std::int64_t first_row = inner * Engine::inner_per_tile;
-      const std::int64_t panel_tile_count = least(panel_inner_tiles, inner_tiles - inner);
-      const std::int64_t rows = least(panel_rows, panel_tile_count * Engine::inner_per_tile);
-      for (std::int64_t row = 0; row < rows; row += Engine::rows_per_decode) {
-        float scales[Engine::rows_per_decode][2 * chunks_at_once + 16];
-        std::int64_t first_block[Engine::rows_per_decode];
-        for (std::int64_t r = 0; r < Engine::rows_per_decode; ++r) {
-          const std::int64_t j = first_row + row + r;
-          if (j >= w.n) continue;
-          const std::int64_t e = j * w.k + chunk * chunk_weights;
-          const std::int64_t last = j * w.k + least((chunk + chunk_count) * chunk_weights, w.k) - 1;
-          first_block[r] = e >> block_shift;
-          decode_scales(w, first_block[r], (last >> block_shift) - first_block[r] + 1, scales[r]);
+      const std::int64_t inner_count = least(panel_inner_tiles, inner_tiles - inner);
+      for (std::int64_t i = 0; i < inner_count * Engine::inner_per_tile; i += step) {
+        const std::int64_t j = inner * Engine::inner_per_tile + i;
+        const std::uint8_t* codes[step];
+        float scales[step][2] = {};
+        for (std::int64_t r = 0; r < step; ++r) {
+          static constexpr std::uint8_t no_codes[chunk_weights / 2] = {};
+          codes[r] = no_codes;  // a row that W does not have: scales of zero
+          if (j + r >= w.n) continue;
+          const std::int64_t e = (j + r) * w.k + column;
+          codes[r] = w.codes + e / 2;
+          _mm_prefetch(reinterpret_cast<const char*>(codes[r] + rows_ahead * w.k / 2), _MM_HINT_T0);
+          decode_chunk_scales(w, e, is_whole, scales[r]);
         }
-        for (std::int64_t c = 0; c < chunk_count; ++c) {
-          const std::int64_t column = (chunk + c) * chunk_weights;
-          const bool is_whole = column + chunk_weights <= w.k;
-          static constexpr std::uint8_t no_codes[64] = {};
-          const std::uint8_t* codes[Engine::rows_per_decode];
-          float pair[Engine::rows_per_decode][2];
-          for (std::int64_t r = 0; r < Engine::rows_per_decode; ++r) {
-            const std::int64_t j = first_row + row + r, e = j * w.k + column;
-            const bool is_there = j < w.n;  // a row that is not has scale 0
-            codes[r] = is_there ? w.codes + e / 2 : no_codes;
-            pair[r][0] = is_there ? scales[r][(e >> block_shift) - first_block[r]] : 0.0f;
-            pair[r][1] = is_there && is_whole
-                             ? scales[r][((e + half_chunk_weights) >> block_shift) - first_block[r]]
-                             : 0.0f;
-          }
-          const std::int64_t dword = row / Engine::rows_per_decode;
-          Engine::decode_columns(codes, is_whole, pair,
-                                 panel + c * chunk_tiles * panel_stride + dword / 16 * tile_floats,
-                                 panel_stride, dword % 16);
-        }
+        Engine::decode_columns(codes, is_whole, scales, panel + i / step / 16 * tile_floats,
+                               panel_stride, i / step % 16);
       }
       multiply_panel<Engine, false>(panel, packed + inner * tile_floats, inner_tiles * tile_floats,
-                                    chunk_count * chunk_tiles, token_tiles, m, panel_tile_count,
-                                    inner == 0, sums);
+                                    chunk_tiles, token_tiles, m, inner_count, inner == 0, sums);
     }
 
     for (std::int64_t token = 0; token < m; ++token) {
-      for (std::int64_t c = 0; c < chunk_count; ++c) {
-        const float* tiles[chunk_tiles];
-        for (std::int64_t s = 0; s < chunk_tiles; ++s) {
-          tiles[s] = sums + ((token / 16 * chunk_count + c) * chunk_tiles + s) * tile_floats;
-        }
-        __m512 columns[chunk_weights / 16];
-        Engine::order_columns(tiles, token % 16, columns);
-        const std::int64_t column = (chunk + c) * chunk_weights;
-        for (std::int64_t i = 0; i < least(chunk_weights, w.k - column) / 16; ++i) {
-          Simd::store(dx + token * w.k + column + 16 * i, {columns[i]});
-        }
+      const float* tiles[chunk_tiles];
+      for (std::int64_t s = 0; s < chunk_tiles; ++s) {
+        tiles[s] = sums + (token / 16 * chunk_tiles + s) * tile_floats;
+      }
+      __m512 columns[chunk_weights / 16];
+      Engine::order_columns(tiles, token % 16, columns);
+      for (std::int64_t i = 0; i < least(chunk_weights, w.k - column) / 16; ++i) {
+        Simd::store(dx + token * w.k + column + 16 * i, {columns[i]});
       }
     }
   }
