@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/openmp_runtime.h"
+
 namespace qlora {
 namespace {
 
@@ -108,13 +110,19 @@ class ThreadPool {
 // Never destroyed: at exit helpers may still sleep in it, and after a fork the parent's copy must
 // not be touched.
 ThreadPool* process_pool = nullptr;
+bool is_forked_child = false;
 
 void start_fresh_pool() { process_pool = new ThreadPool; }
+
+void start_over_in_child() {
+  is_forked_child = true;
+  start_fresh_pool();
+}
 
 ThreadPool& pool() {
   static const bool is_started = [] {
     start_fresh_pool();
-    pthread_atfork(nullptr, nullptr, start_fresh_pool);
+    pthread_atfork(nullptr, nullptr, start_over_in_child);
     return true;
   }();
   static_cast<void>(is_started);
@@ -127,6 +135,11 @@ struct InsideJob {
   InsideJob() { is_inside_job = true; }
   ~InsideJob() { is_inside_job = false; }
 };
+
+void work_as_openmp_thread(void* job) {
+  const InsideJob inside;
+  static_cast<Job*>(job)->work();
+}
 
 }  // namespace
 
@@ -141,12 +154,15 @@ void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, Range
   const std::int64_t piece_grains =
       std::max<std::int64_t>(1, grain_count / (threads * pieces_per_thread));
   Job job(count, piece_grains * grain, body);
-  bool ran;
-  {
+  ThreadPool& own_pool = pool();
+  // GNU's OpenMP does not work in a forked child of a process that has used it.
+  const OpenMPParallel openmp = is_forked_child ? nullptr : openmp_parallel();
+  if (openmp != nullptr) {
+    openmp(work_as_openmp_thread, &job, static_cast<unsigned>(threads), 0);
+  } else {
     const InsideJob inside;
-    ran = pool().try_run(job, threads - 1);
+    if (!own_pool.try_run(job, threads - 1)) job.work();
   }
-  if (!ran) job.work();
   job.rethrow_error();
 }
 

@@ -1,6 +1,7 @@
-// A small pool of threads that splits a range of work. It is the library's own: torch's OpenMP
-// runtime is not linked, and the number of threads is the caller's (ExecutionContext), which Python
-// takes from torch.get_num_threads().
+// Threads that share a range of work. Their number is the caller's (ExecutionContext), which Python
+// takes from torch.get_num_threads(). They are those of the OpenMP runtime that the process has
+// loaded, as torch does on Linux, or else of a small pool of the library's own: two sets of threads
+// would fight for the cores, for OpenMP's spin for a while after each of torch's operations.
 #pragma once
 
 #include <cstdint>

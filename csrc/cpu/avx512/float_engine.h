@@ -43,23 +43,15 @@ struct FloatEngine {
     for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 16 * i, rows[i]);
   }
 
-  /// A chunk of one row of W as row `row` of 8 row tiles.
-  QLORA_INLINE static void decode_row(const std::uint8_t* codes, bool is_whole, float scale0,
-                                      float scale1, float* tiles, std::int64_t row) {
-    __m512 planes[8];
-    decode_floats<T>(load_codes(codes, is_whole), scale0, scale1, planes);
-    for (int s = 0; s < 8; ++s) _mm512_store_ps(tiles + s * tile_floats + row * 16, planes[s]);
+  /// A chunk of up to 16 rows of W as 8 row tiles.
+  static void decode_rows(const ChunkOfRows& w, float* tiles) {
+    w.is_whole ? decode<true>(w, tiles, tile_floats) : decode<false>(w, tiles, tile_floats);
   }
 
-  static constexpr std::int64_t rows_per_decode = 1;
-
-  /// A chunk of one row of W as row `i` of 8 column tiles, `tile_stride` floats apart.
-  QLORA_INLINE static void decode_columns(const std::uint8_t* const (&codes)[1], bool is_whole,
-                                          const float (&scales)[1][2], float* tiles,
-                                          std::int64_t tile_stride, std::int64_t i) {
-    __m512 planes[8];
-    decode_floats<T>(load_codes(codes[0], is_whole), scales[0][0], scales[0][1], planes);
-    for (int s = 0; s < 8; ++s) _mm512_store_ps(tiles + s * tile_stride + i * 16, planes[s]);
+  /// A chunk of up to 16 rows of W as 8 column tiles, `tile_stride` floats apart: tile s, column d is
+  /// column 8 d + (s ^ 1).
+  static void decode_columns(const ChunkOfRows& w, float* tiles, std::int64_t tile_stride) {
+    w.is_whole ? decode<true>(w, tiles, tile_stride) : decode<false>(w, tiles, tile_stride);
   }
 
   /// Sums of one token over the 8 column tiles of a chunk, into column order.
@@ -92,6 +84,25 @@ struct FloatEngine {
   }
 
  private:
+  template <bool is_whole>
+  QLORA_INLINE static void decode(const ChunkOfRows& w, float* tiles, std::int64_t tile_stride) {
+    const std::uint8_t* codes = w.codes;
+    const float* scales = w.scales;
+    for (std::int64_t row = 0; row < w.rows; ++row) {
+      __m512 planes[8];
+      decode_floats<T>(load_codes<is_whole>(codes, w.ahead), scales[0], scales[1], planes);
+#pragma GCC unroll 8
+      for (int s = 0; s < 8; ++s) _mm512_store_ps(tiles + s * tile_stride + row * 16, planes[s]);
+      codes += w.codes_stride;
+      scales += w.scales_stride;
+    }
+    for (std::int64_t row = w.rows; row < 16; ++row) {
+      for (int s = 0; s < 8; ++s) {
+        _mm512_store_ps(tiles + s * tile_stride + row * 16, _mm512_setzero_ps());
+      }
+    }
+  }
+
   QLORA_INLINE static void load_rows(const T* x, std::int64_t stride, std::int64_t count,
                                      std::int64_t width, __m512i (&rows)[16]) {
     for (std::int64_t i = 0; i < 16; ++i) {

@@ -30,18 +30,18 @@ inline bool is_chunked(const NF4Bytes& weight) {
          weight.block_size >= half_chunk_weights;
 }
 
-/// The scale of block `b` in fp32.
-QLORA_INLINE float decode_scale(const NF4Bytes& weight, std::int64_t b) {
-  float absmax, offset;
-  if (weight.nested_offset == nullptr) {
-    __builtin_memcpy(&absmax, weight.absmax + 4 * b, sizeof absmax);
-    return absmax;
-  }
-  __builtin_memcpy(&absmax, weight.nested_absmax + 4 * (b / nf4_blocks_per_nested_block),
-                   sizeof absmax);
-  __builtin_memcpy(&offset, weight.nested_offset, sizeof offset);
-  return signed_dynamic_map.values.data()[weight.absmax[b]] * absmax + offset;
-}
+/// The halves of chunks in a row of a weight that is_chunked.
+inline std::int64_t half_chunks_of(const NF4Bytes& weight) { return weight.k / half_chunk_weights; }
+
+/// One chunk of each of `rows` rows of W, to be decoded. Strides go from row to row.
+struct ChunkOfRows {
+  const std::uint8_t* codes;
+  const float* scales;  // of the chunk's halves
+  std::int64_t codes_stride, scales_stride;
+  std::int64_t rows;
+  bool is_whole;       // else its first half is there
+  std::int64_t ahead;  // bytes to codes that will be wanted soon
+};
 
 /// Scales of blocks [first, first + count) in fp32.
 inline void decode_scales(const NF4Bytes& weight, std::int64_t first, std::int64_t count,
@@ -69,8 +69,11 @@ inline void decode_scales(const NF4Bytes& weight, std::int64_t first, std::int64
 }
 
 /// The codes of a chunk, or of its first half with zeros after it.
-QLORA_INLINE __m512i load_codes(const std::uint8_t* codes, bool is_whole) {
-  if (is_whole) return _mm512_loadu_si512(codes);
+template <bool is_whole>
+QLORA_INLINE __m512i load_codes(const std::uint8_t* codes, std::int64_t ahead) {
+  // Into L2: its queue holds more misses than L1's.
+  _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T1);
+  if constexpr (is_whole) return _mm512_loadu_si512(codes);
   return _mm512_maskz_loadu_epi64(0x0f, codes);
 }
 

@@ -12,6 +12,7 @@
 #include "cpu/avx512/tile_layout.h"
 #include "cpu/avx512/transpose.h"
 #include "cpu/thread_pool.h"
+#include "cpu/work_split.h"
 #include "cpu/workspace.h"
 
 namespace qlora::avx512 {
@@ -25,6 +26,10 @@ constexpr std::int64_t panel_inner_tiles = 8;
 // Row tiles whose sums are worked on together, so that the tokens' share of a panel stays in L2: the
 // sums of 256 rows and 512 tokens are 512 KB.
 constexpr std::int64_t row_tiles_at_once = 16;
+
+// Token tiles whose packed activations fit into L2 whole (512 KB at k = 4096): W is then better read
+// row by row, once.
+constexpr std::int64_t few_token_tiles = 4;
 
 inline float* float_workspace(Workspace purpose, std::int64_t count) {
   return static_cast<float*>(
@@ -65,82 +70,74 @@ void multiply_panel(const float* panel, const float* packed, std::int64_t packed
   }
 }
 
+/// The scale of every half chunk of rows [begin, end).
+inline void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_t end,
+                                     float* out) {
+  const std::int64_t first = begin * half_chunks_of(w), last = end * half_chunks_of(w);
+  if (w.block_size == half_chunk_weights) return decode_scales(w, first, last - first, out + first);
+  const std::int64_t halves_per_block = w.block_size / half_chunk_weights;
+  for (std::int64_t h = first; h < last;) {
+    float scale;
+    decode_scales(w, h / halves_per_block, 1, &scale);
+    const std::int64_t block_end = least((h / halves_per_block + 1) * halves_per_block, last);
+    for (; h < block_end; ++h) out[h] = scale;
+  }
+}
+
+/// All of them, by all threads.
+inline const float* decode_all_scales(const NF4Bytes& w, int num_threads) {
+  // An odd number of halves is read as an even one.
+  float* const scales = float_workspace(Workspace::scales, w.n * half_chunks_of(w) + 1);
+  scales[w.n * half_chunks_of(w)] = 0.0f;
+  parallel_for(num_threads, w.n, grain_for(half_chunks_of(w)),
+               [&](std::int64_t begin, std::int64_t end) {
+                 decode_half_chunk_scales(w, begin, end, scales);
+               });
+  return scales;
+}
+
 // ---- forward
 
-/// The scale of every half chunk of row `j`, two to a chunk.
-inline void decode_row_scales(const NF4Bytes& w, std::int64_t j, std::int64_t half_chunks,
-                              float* out) {
-  const std::int64_t first = j * w.k / w.block_size;
-  if (w.block_size == half_chunk_weights) return decode_scales(w, first, half_chunks, out);
-  for (std::int64_t h = 0; h < half_chunks; ++h) {
-    const std::int64_t block = (j * w.k + h * half_chunk_weights) / w.block_size;
-    if (h > 0 && block == (j * w.k + (h - 1) * half_chunk_weights) / w.block_size) {
-      out[h] = out[h - 1];
-    } else {
-      decode_scales(w, block, 1, out + h);
-    }
-  }
-}
-
-/// Row `j` of W, inner tiles [begin, end) of it, as row `row` of a row tile. A row that W does not
-/// have is zeros.
+/// Row tiles [begin, end) of W with all packed tokens. `scales` are those of every half chunk.
 template <typename Engine>
-QLORA_INLINE void decode_panel_row(const NF4Bytes& w, std::int64_t j, const float* scales,
-                                   std::int64_t begin, std::int64_t end,
-                                   std::int64_t prefetch_bytes, float* tiles, std::int64_t row) {
-  constexpr std::int64_t chunk_tiles = Engine::tiles_per_inner_chunk;
-  const std::int64_t whole_chunks = w.k / chunk_weights;
-  const std::uint8_t* const codes = w.codes + j * w.k / 2;
-  for (std::int64_t i = begin; i < end; i += chunk_tiles, tiles += chunk_tiles * tile_floats) {
-    const std::int64_t chunk = i / chunk_tiles;
-    const std::uint8_t* const chunk_codes = codes + chunk * (chunk_weights / 2);
-    _mm_prefetch(reinterpret_cast<const char*>(chunk_codes + prefetch_bytes), _MM_HINT_T0);
-    Engine::decode_row(chunk_codes, chunk < whole_chunks, scales[2 * chunk], scales[2 * chunk + 1],
-                       tiles, row);
-  }
-}
-
-/// Row tiles [begin, end) of W with all packed tokens.
-template <typename Engine>
-void forward_rows(const NF4Bytes& w, const float* packed, const typename Engine::Activation* bias,
-                  typename Engine::Activation* y, std::int64_t m, std::int64_t begin,
-                  std::int64_t end) {
+void forward_rows(const NF4Bytes& w, const float* scales, const float* packed,
+                  const typename Engine::Activation* bias, typename Engine::Activation* y,
+                  std::int64_t m, std::int64_t begin, std::int64_t end) {
   using Simd = typename Engine::Simd;
-  const std::int64_t token_tiles = ceil_divide(m, 16);
-  const std::int64_t inner_tiles = ceil_divide(w.k, chunk_weights) * Engine::tiles_per_inner_chunk;
-  const std::int64_t half_chunks = w.k / half_chunk_weights;
-  const std::int64_t scales_per_row = half_chunks + 1;  // an odd number of halves is read as even
+  constexpr std::int64_t chunk_tiles = Engine::tiles_per_inner_chunk;
   constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats;
+  const std::int64_t token_tiles = ceil_divide(m, 16);
+  const std::int64_t inner_tiles = ceil_divide(w.k, chunk_weights) * chunk_tiles;
+  const std::int64_t tile_bytes = 16 * w.k / 2;  // the codes of a tile's rows
+  const std::int64_t tiles_at_once = token_tiles <= few_token_tiles ? 2 : row_tiles_at_once;
   float* const panel = float_workspace(Workspace::weight_panel, 2 * panel_stride);
-  float* const sums =
-      float_workspace(Workspace::sums, row_tiles_at_once * token_tiles * tile_floats);
-  float* const scales = float_workspace(Workspace::scales, 16 * row_tiles_at_once * scales_per_row);
+  float* const sums = float_workspace(Workspace::sums, tiles_at_once * token_tiles * tile_floats);
 
-  for (std::int64_t tile = begin; tile < end; tile += row_tiles_at_once) {
-    const std::int64_t tiles = least(row_tiles_at_once, end - tile);
-    const std::int64_t first_row = 16 * tile, rows = least(16 * tiles, w.n - first_row);
-    for (std::int64_t row = 0; row < rows; ++row) {
-      float* const row_scales = scales + row * scales_per_row;
-      decode_row_scales(w, first_row + row, half_chunks, row_scales);
-      row_scales[half_chunks] = 0.0f;
-    }
-
+  for (std::int64_t tile = begin; tile < end; tile += tiles_at_once) {
+    const std::int64_t tiles = least(tiles_at_once, end - tile), first_row = 16 * tile;
     for (std::int64_t inner = 0; inner < inner_tiles; inner += panel_inner_tiles) {
       const std::int64_t inner_count = least(panel_inner_tiles, inner_tiles - inner);
       for (std::int64_t r = 0; r < tiles; r += 2) {
         const std::int64_t pair = least(2, tiles - r);
-        for (std::int64_t i = 0; i < 16 * pair; ++i) {
-          const std::int64_t row = 16 * r + i;
-          float* const row_tile = panel + i / 16 * panel_stride;
-          if (row < rows) {
-            // What the next pair of tiles will read.
-            const std::int64_t prefetch_bytes = 32 * w.k / 2;
-            decode_panel_row<Engine>(w, first_row + row, scales + row * scales_per_row, inner,
-                                     inner + inner_count, prefetch_bytes, row_tile, i % 16);
-          } else {
-            for (std::int64_t t = 0; t < inner_count; ++t) {
-              _mm512_store_ps(row_tile + t * tile_floats + i % 16 * 16, _mm512_setzero_ps());
-            }
+        // From this panel's codes to those of the next one.
+        const std::int64_t inner_bytes = inner / chunk_tiles * chunk_weights / 2;
+        const std::int64_t ahead =
+            r + 2 < tiles ? 2 * tile_bytes
+            : inner + inner_count < inner_tiles
+                ? inner_count / chunk_tiles * chunk_weights / 2 - r * tile_bytes
+                : 2 * tile_bytes - inner_bytes;
+        for (std::int64_t p = 0; p < pair; ++p) {
+          const std::int64_t j = first_row + 16 * (r + p);
+          for (std::int64_t i = 0; i < inner_count; i += chunk_tiles) {
+            const std::int64_t chunk = (inner + i) / chunk_tiles;
+            Engine::decode_rows({.codes = w.codes + (j * w.k + chunk * chunk_weights) / 2,
+                                 .scales = scales + j * half_chunks_of(w) + 2 * chunk,
+                                 .codes_stride = w.k / 2,
+                                 .scales_stride = half_chunks_of(w),
+                                 .rows = least(16, w.n - j),
+                                 .is_whole = (chunk + 1) * chunk_weights <= w.k,
+                                 .ahead = ahead},
+                                panel + p * panel_stride + i * tile_floats);
           }
         }
         multiply_panel<Engine, true>(panel, packed + inner * tile_floats, inner_tiles * tile_floats,
@@ -172,6 +169,7 @@ template <typename Engine>
 void forward(const typename Engine::Activation* x, const NF4Bytes& w,
              const typename Engine::Activation* bias, typename Engine::Activation* y,
              std::int64_t m_total, int num_threads) {
+  const float* const scales = decode_all_scales(w, num_threads);
   const std::int64_t chunks = ceil_divide(w.k, chunk_weights);
   const std::int64_t chunk_floats = Engine::tiles_per_inner_chunk * tile_floats;
   for (std::int64_t first = 0; first < m_total; first += tokens_per_pass) {
@@ -189,7 +187,7 @@ void forward(const typename Engine::Activation* x, const NF4Bytes& w,
     });
     parallel_for(num_threads, ceil_divide(w.n, 16), 2, [&](std::int64_t begin, std::int64_t end) {
       Engine::begin();
-      forward_rows<Engine>(w, packed, bias, y + first * w.n, m, begin, end);
+      forward_rows<Engine>(w, scales, packed, bias, y + first * w.n, m, begin, end);
       Engine::end();
     });
   }
@@ -197,51 +195,34 @@ void forward(const typename Engine::Activation* x, const NF4Bytes& w,
 
 // ---- gradient of the input
 
-// A panel reads one or two cache lines of each row: too little for the processor's own prefetchers.
-constexpr std::int64_t rows_ahead = 32;
-
-/// The scales of the two halves of the chunk that begins at element `e`.
-QLORA_INLINE void decode_chunk_scales(const NF4Bytes& w, std::int64_t e, bool is_whole,
-                                      float (&scales)[2]) {
-  const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.block_size));
-  const std::int64_t block0 = e >> shift, block1 = (e + half_chunk_weights) >> shift;
-  scales[0] = decode_scale(w, block0);
-  if (is_whole) scales[1] = block1 == block0 ? scales[0] : decode_scale(w, block1);
-}
-
 /// Chunks of columns [begin, end) of dx, of all packed tokens.
 template <typename Engine>
-void grad_input_columns(const NF4Bytes& w, const float* packed, typename Engine::Activation* dx,
-                        std::int64_t m, std::int64_t begin, std::int64_t end) {
+void grad_input_columns(const NF4Bytes& w, const float* scales, const float* packed,
+                        typename Engine::Activation* dx, std::int64_t m, std::int64_t begin,
+                        std::int64_t end) {
   using Simd = typename Engine::Simd;
   constexpr std::int64_t chunk_tiles = Engine::tiles_per_column_chunk;
-  constexpr std::int64_t step = Engine::rows_per_decode;
   constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats;
   const std::int64_t token_tiles = ceil_divide(m, 16);
   const std::int64_t inner_tiles = ceil_divide(w.n, Engine::inner_per_tile);
+  const std::int64_t tile_bytes = Engine::inner_per_tile * w.k / 2;  // the codes of a tile's rows
   float* const panel = float_workspace(Workspace::weight_panel, chunk_tiles * panel_stride);
   float* const sums = float_workspace(Workspace::sums, chunk_tiles * token_tiles * tile_floats);
 
   for (std::int64_t chunk = begin; chunk < end; ++chunk) {
     const std::int64_t column = chunk * chunk_weights;
-    const bool is_whole = column + chunk_weights <= w.k;
     for (std::int64_t inner = 0; inner < inner_tiles; inner += panel_inner_tiles) {
       const std::int64_t inner_count = least(panel_inner_tiles, inner_tiles - inner);
-      for (std::int64_t i = 0; i < inner_count * Engine::inner_per_tile; i += step) {
-        const std::int64_t j = inner * Engine::inner_per_tile + i;
-        const std::uint8_t* codes[step];
-        float scales[step][2] = {};
-        for (std::int64_t r = 0; r < step; ++r) {
-          static constexpr std::uint8_t no_codes[chunk_weights / 2] = {};
-          codes[r] = no_codes;  // a row that W does not have: scales of zero
-          if (j + r >= w.n) continue;
-          const std::int64_t e = (j + r) * w.k + column;
-          codes[r] = w.codes + e / 2;
-          _mm_prefetch(reinterpret_cast<const char*>(codes[r] + rows_ahead * w.k / 2), _MM_HINT_T0);
-          decode_chunk_scales(w, e, is_whole, scales[r]);
-        }
-        Engine::decode_columns(codes, is_whole, scales, panel + i / step / 16 * tile_floats,
-                               panel_stride, i / step % 16);
+      for (std::int64_t i = 0; i < inner_count; ++i) {
+        const std::int64_t j = (inner + i) * Engine::inner_per_tile;
+        Engine::decode_columns({.codes = w.codes + (j * w.k + column) / 2,
+                                .scales = scales + j * half_chunks_of(w) + 2 * chunk,
+                                .codes_stride = w.k / 2,
+                                .scales_stride = half_chunks_of(w),
+                                .rows = least(Engine::inner_per_tile, w.n - j),
+                                .is_whole = column + chunk_weights <= w.k,
+                                .ahead = tile_bytes},
+                               panel + i * tile_floats, panel_stride);
       }
       multiply_panel<Engine, false>(panel, packed + inner * tile_floats, inner_tiles * tile_floats,
                                     chunk_tiles, token_tiles, m, inner_count, inner == 0, sums);
@@ -265,6 +246,7 @@ void grad_input_columns(const NF4Bytes& w, const float* packed, typename Engine:
 template <typename Engine>
 void grad_input(const typename Engine::Activation* dy, const NF4Bytes& w,
                 typename Engine::Activation* dx, std::int64_t m_total, int num_threads) {
+  const float* const scales = decode_all_scales(w, num_threads);
   const std::int64_t inner_tiles = ceil_divide(w.n, Engine::inner_per_tile);
   for (std::int64_t first = 0; first < m_total; first += tokens_per_pass) {
     const std::int64_t m = least(tokens_per_pass, m_total - first);
@@ -284,7 +266,7 @@ void grad_input(const typename Engine::Activation* dy, const NF4Bytes& w,
     parallel_for(num_threads, ceil_divide(w.k, chunk_weights), 1,
                  [&](std::int64_t begin, std::int64_t end) {
                    Engine::begin();
-                   grad_input_columns<Engine>(w, packed, dx + first * w.k, m, begin, end);
+                   grad_input_columns<Engine>(w, scales, packed, dx + first * w.k, m, begin, end);
                    Engine::end();
                  });
   }

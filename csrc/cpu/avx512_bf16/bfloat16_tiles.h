@@ -67,29 +67,16 @@ struct BFloat16Tiles {
     for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 16 * i, rows[i]);
   }
 
-  /// A chunk of one row of W as row `row` of 4 row tiles.
-  QLORA_INLINE static void decode_row(const std::uint8_t* codes, bool is_whole, float scale0,
-                                      float scale1, float* tiles, std::int64_t row) {
-    __m512i planes[4];
-    decode_bfloat16(load_codes(codes, is_whole), scale0, scale1, planes);
-    for (int s = 0; s < 4; ++s) _mm512_store_si512(tiles + s * tile_floats + row * 16, planes[s]);
+  /// A chunk of up to 16 rows of W as 4 row tiles.
+  static void decode_rows(const ChunkOfRows& w, float* tiles) {
+    w.is_whole ? decode_rows<true>(w, tiles) : decode_rows<false>(w, tiles);
   }
 
-  static constexpr std::int64_t rows_per_decode = 2;
-
-  /// A chunk of two rows of W as row `i` of 8 column tiles, `tile_stride` dwords apart: tile 2 s + h,
-  /// dword 4 L + j is column 32 L + 16 h + 4 j + (s ^ 1).
-  QLORA_INLINE static void decode_columns(const std::uint8_t* const (&codes)[2], bool is_whole,
-                                          const float (&scales)[2][2], float* tiles,
-                                          std::int64_t tile_stride, std::int64_t i) {
-    __m512i even[4], odd[4];
-    decode_bfloat16(load_codes(codes[0], is_whole), scales[0][0], scales[0][1], even);
-    decode_bfloat16(load_codes(codes[1], is_whole), scales[1][0], scales[1][1], odd);
-    for (int s = 0; s < 4; ++s) {
-      float* const row = tiles + 2 * s * tile_stride + i * 16;
-      _mm512_store_si512(row, _mm512_unpacklo_epi16(even[s], odd[s]));
-      _mm512_store_si512(row + tile_stride, _mm512_unpackhi_epi16(even[s], odd[s]));
-    }
+  /// A chunk of up to 32 rows of W as 8 column tiles, `tile_stride` dwords apart: tile 2 s + h, dword
+  /// 4 L + j is column 32 L + 16 h + 4 j + (s ^ 1).
+  static void decode_columns(const ChunkOfRows& w, float* tiles, std::int64_t tile_stride) {
+    w.is_whole ? decode_columns<true>(w, tiles, tile_stride)
+               : decode_columns<false>(w, tiles, tile_stride);
   }
 
   /// Sums of one token over the 8 column tiles of a chunk, into column order.
@@ -106,6 +93,50 @@ struct BFloat16Tiles {
   }
 
  private:
+  template <bool is_whole>
+  QLORA_INLINE static void decode_rows(const ChunkOfRows& w, float* tiles) {
+    const std::uint8_t* codes = w.codes;
+    const float* scales = w.scales;
+    for (std::int64_t row = 0; row < w.rows; ++row) {
+      __m512i planes[4];
+      decode_bfloat16(load_codes<is_whole>(codes, w.ahead), scales[0], scales[1], planes);
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) _mm512_store_si512(tiles + s * tile_floats + row * 16, planes[s]);
+      codes += w.codes_stride;
+      scales += w.scales_stride;
+    }
+    for (std::int64_t row = w.rows; row < 16; ++row) {
+      for (int s = 0; s < 4; ++s) {
+        _mm512_store_si512(tiles + s * tile_floats + row * 16, _mm512_setzero_si512());
+      }
+    }
+  }
+
+  template <bool is_whole>
+  QLORA_INLINE static void decode_columns(const ChunkOfRows& w, float* tiles,
+                                          std::int64_t tile_stride) {
+    const std::uint8_t* codes = w.codes;
+    const float* scales = w.scales;
+    for (std::int64_t row = 0; row < 32; row += 2) {
+      __m512i even[4] = {}, odd[4] = {};
+      if (row < w.rows) {
+        decode_bfloat16(load_codes<is_whole>(codes, w.ahead), scales[0], scales[1], even);
+      }
+      if (row + 1 < w.rows) {
+        decode_bfloat16(load_codes<is_whole>(codes + w.codes_stride, w.ahead),
+                        scales[w.scales_stride], scales[w.scales_stride + 1], odd);
+      }
+      float* out = tiles + row / 2 * 16;
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s, out += 2 * tile_stride) {
+        _mm512_store_si512(out, _mm512_unpacklo_epi16(even[s], odd[s]));
+        _mm512_store_si512(out + tile_stride, _mm512_unpackhi_epi16(even[s], odd[s]));
+      }
+      codes += 2 * w.codes_stride;
+      scales += 2 * w.scales_stride;
+    }
+  }
+
   QLORA_INLINE static void load_rows(const BFloat16* x, std::int64_t stride, std::int64_t count,
                                      std::int64_t width, __m512i (&rows)[16]) {
     const std::int64_t there = width < 0 ? 0 : width < 32 ? width : 32;
