@@ -23,9 +23,8 @@ constexpr std::int64_t tokens_per_pass = 512;
 // Inner tiles of a panel of W. Two tiles of it and two of the tokens' are in use at a time: 32 KB of
 // an L1 of 32 to 48 KB.
 constexpr std::int64_t panel_inner_tiles = 8;
-// Row tiles whose sums are worked on together, so that the tokens' share of a panel stays in L2: the
-// sums of 256 rows and 512 tokens are 512 KB.
-constexpr std::int64_t row_tiles_at_once = 16;
+// Tiles of sums that are worked on together, while the tokens' share of a panel stays in L2: 512 KB.
+constexpr std::int64_t sums_at_once = 512;
 
 // Token tiles whose packed activations fit into L2 whole (512 KB at k = 4096): W is then better read
 // row by row, once.
@@ -43,7 +42,7 @@ template <typename Engine, bool weight_is_rows>
 void multiply_panel(const float* panel, const float* packed, std::int64_t packed_stride,
                     std::int64_t weight_tiles, std::int64_t token_tiles, std::int64_t token_count,
                     std::int64_t inner_tiles, bool is_first, float* sums) {
-  const std::int64_t panel_stride = panel_inner_tiles * tile_floats;
+  const std::int64_t panel_stride = panel_inner_tiles * tile_floats + 16;
   const std::int64_t sums_stride =
       (weight_is_rows ? token_tiles : weight_tiles) * tile_floats;  // of a row tile
   for (std::int64_t t = 0; t < token_tiles; t += 2) {
@@ -105,11 +104,12 @@ void forward_rows(const NF4Bytes& w, const float* scales, const float* packed,
                   std::int64_t m, std::int64_t begin, std::int64_t end) {
   using Simd = typename Engine::Simd;
   constexpr std::int64_t chunk_tiles = Engine::tiles_per_inner_chunk;
-  constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats;
+  constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats + 16;
   const std::int64_t token_tiles = ceil_divide(m, 16);
   const std::int64_t inner_tiles = ceil_divide(w.k, chunk_weights) * chunk_tiles;
   const std::int64_t tile_bytes = 16 * w.k / 2;  // the codes of a tile's rows
-  const std::int64_t tiles_at_once = token_tiles <= few_token_tiles ? 2 : row_tiles_at_once;
+  const std::int64_t tiles_at_once =
+      token_tiles <= few_token_tiles ? 2 : sums_at_once / token_tiles;
   float* const panel = float_workspace(Workspace::weight_panel, 2 * panel_stride);
   float* const sums = float_workspace(Workspace::sums, tiles_at_once * token_tiles * tile_floats);
 
@@ -202,41 +202,55 @@ void grad_input_columns(const NF4Bytes& w, const float* scales, const float* pac
                         std::int64_t end) {
   using Simd = typename Engine::Simd;
   constexpr std::int64_t chunk_tiles = Engine::tiles_per_column_chunk;
-  constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats;
+  constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats + 16;
   const std::int64_t token_tiles = ceil_divide(m, 16);
   const std::int64_t inner_tiles = ceil_divide(w.n, Engine::inner_per_tile);
   const std::int64_t tile_bytes = Engine::inner_per_tile * w.k / 2;  // the codes of a tile's rows
+  constexpr std::int64_t chunk_bytes = chunk_weights / 2;
+  const std::int64_t fitting = sums_at_once / (chunk_tiles * token_tiles);
+  const std::int64_t chunks_at_once = fitting < 1 ? 1 : least(fitting, 16);
   float* const panel = float_workspace(Workspace::weight_panel, chunk_tiles * panel_stride);
-  float* const sums = float_workspace(Workspace::sums, chunk_tiles * token_tiles * tile_floats);
+  float* const sums =
+      float_workspace(Workspace::sums, chunks_at_once * chunk_tiles * token_tiles * tile_floats);
 
-  for (std::int64_t chunk = begin; chunk < end; ++chunk) {
-    const std::int64_t column = chunk * chunk_weights;
+  for (std::int64_t chunk = begin; chunk < end; chunk += chunks_at_once) {
+    const std::int64_t chunks = least(chunks_at_once, end - chunk);
+    const std::int64_t sums_of_chunk = chunk_tiles * token_tiles * tile_floats;
     for (std::int64_t inner = 0; inner < inner_tiles; inner += panel_inner_tiles) {
       const std::int64_t inner_count = least(panel_inner_tiles, inner_tiles - inner);
-      for (std::int64_t i = 0; i < inner_count; ++i) {
-        const std::int64_t j = (inner + i) * Engine::inner_per_tile;
-        Engine::decode_columns({.codes = w.codes + (j * w.k + column) / 2,
-                                .scales = scales + j * half_chunks_of(w) + 2 * chunk,
-                                .codes_stride = w.k / 2,
-                                .scales_stride = half_chunks_of(w),
-                                .rows = least(Engine::inner_per_tile, w.n - j),
-                                .is_whole = column + chunk_weights <= w.k,
-                                .ahead = tile_bytes},
-                               panel + i * tile_floats, panel_stride);
+      for (std::int64_t c = 0; c < chunks; ++c) {
+        const std::int64_t column = (chunk + c) * chunk_weights;
+        for (std::int64_t i = 0; i < inner_count; ++i) {
+          const std::int64_t j = (inner + i) * Engine::inner_per_tile;
+          Engine::decode_columns(
+              {.codes = w.codes + (j * w.k + column) / 2,
+               .scales = scales + j * half_chunks_of(w) + 2 * (chunk + c),
+               .codes_stride = w.k / 2,
+               .scales_stride = half_chunks_of(w),
+               .rows = least(Engine::inner_per_tile, w.n - j),
+               .is_whole = column + chunk_weights <= w.k,
+               .ahead = c + 1 < chunks ? chunk_bytes
+                                       : inner_count * tile_bytes - (chunks - 1) * chunk_bytes},
+              panel + i * tile_floats, panel_stride);
+        }
+        multiply_panel<Engine, false>(panel, packed + inner * tile_floats,
+                                      inner_tiles * tile_floats, chunk_tiles, token_tiles, m,
+                                      inner_count, inner == 0, sums + c * sums_of_chunk);
       }
-      multiply_panel<Engine, false>(panel, packed + inner * tile_floats, inner_tiles * tile_floats,
-                                    chunk_tiles, token_tiles, m, inner_count, inner == 0, sums);
     }
 
     for (std::int64_t token = 0; token < m; ++token) {
-      const float* tiles[chunk_tiles];
-      for (std::int64_t s = 0; s < chunk_tiles; ++s) {
-        tiles[s] = sums + (token / 16 * chunk_tiles + s) * tile_floats;
-      }
-      __m512 columns[chunk_weights / 16];
-      Engine::order_columns(tiles, token % 16, columns);
-      for (std::int64_t i = 0; i < least(chunk_weights, w.k - column) / 16; ++i) {
-        Simd::store(dx + token * w.k + column + 16 * i, {columns[i]});
+      for (std::int64_t c = 0; c < chunks; ++c) {
+        const float* tiles[chunk_tiles];
+        for (std::int64_t s = 0; s < chunk_tiles; ++s) {
+          tiles[s] = sums + c * sums_of_chunk + (token / 16 * chunk_tiles + s) * tile_floats;
+        }
+        __m512 columns[chunk_weights / 16];
+        Engine::order_columns(tiles, token % 16, columns);
+        const std::int64_t column = (chunk + c) * chunk_weights;
+        for (std::int64_t i = 0; i < least(chunk_weights, w.k - column) / 16; ++i) {
+          Simd::store(dx + token * w.k + column + 16 * i, {columns[i]});
+        }
       }
     }
   }
