@@ -1,4 +1,5 @@
 #include "cpu/amx/kernels.h"
+#include "cpu/amx/sixteen_tokens.h"
 #include "cpu/avx512/tile_product.h"
 #include "cpu/avx512_bf16/bfloat16_tiles.h"
 
@@ -82,12 +83,15 @@ struct TileEngine : avx512::BFloat16Tiles {
 
 void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
                 const TensorView& y, int num_threads) {
-  if (x.dtype != DType::bfloat16 || !avx512::is_chunked(weight)) {
+  // One token takes no tiles: 22 G weights/s a thread without them, 20 with.
+  if (x.dtype != DType::bfloat16 || !avx512::is_chunked(weight) || x.shape[0] == 1) {
     return avx512_bf16_kernels().nf4_linear(x, weight, bias, y, num_threads);
   }
-  avx512::forward<TileEngine>(x.as<const BFloat16>(), weight,
-                              bias.is_present ? bias.as<const BFloat16>() : nullptr,
-                              y.as<BFloat16>(), x.shape[0], num_threads);
+  const auto forward = x.shape[0] <= 16
+                           ? avx512::forward<TileEngine, forward_rows_of_sixteen<TileEngine>>
+                           : avx512::forward<TileEngine>;
+  forward(x.as<const BFloat16>(), weight, bias.is_present ? bias.as<const BFloat16>() : nullptr,
+          y.as<BFloat16>(), x.shape[0], num_threads);
 }
 
 void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,

@@ -35,6 +35,25 @@ struct FloatEngine {
     }
   }
 
+  // -- for few_tokens.h
+
+  static constexpr int planes = 8;
+  using Planes = __m512[8];
+  QLORA_INLINE static void decode(__m512i codes, float scale0, float scale1, Planes& out) {
+    decode_floats<T>(codes, scale0, scale1, out);
+  }
+  QLORA_INLINE static __m512 accumulate(__m512 sum, __m512 weights, __m512 activations) {
+    return _mm512_fmadd_ps(weights, activations, sum);
+  }
+  /// Up to 128 columns of one token, `width` of them there: plane s, lane d is column 8 d + (s ^ 1).
+  static void pack_chunk(const T* x, std::int64_t width, float* out) {
+    for (std::int64_t i = 0; i < chunk_weights; ++i) {
+      out[(i % 8 ^ 1) * 16 + i / 8] = i < width ? to_float(x[i]) : 0.0f;
+    }
+  }
+
+  // -- for tile_product.h
+
   /// One row tile: 16 inner elements of up to 16 tokens.
   static void pack_rows(const T* dy, std::int64_t stride, std::int64_t count, std::int64_t width,
                         float* tile) {

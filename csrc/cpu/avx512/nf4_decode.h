@@ -68,13 +68,35 @@ inline void decode_scales(const NF4Bytes& weight, std::int64_t first, std::int64
   }
 }
 
+/// The scale of every half chunk of rows [begin, end) of W.
+inline void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_t end,
+                                     float* out) {
+  const std::int64_t first = begin * half_chunks_of(w), last = end * half_chunks_of(w);
+  if (w.block_size == half_chunk_weights) return decode_scales(w, first, last - first, out);
+  const std::int64_t halves_per_block = w.block_size / half_chunk_weights;
+  for (std::int64_t h = first; h < last;) {
+    float scale;
+    decode_scales(w, h / halves_per_block, 1, &scale);
+    const std::int64_t block_end = (h / halves_per_block + 1) * halves_per_block;
+    for (; h < last && h < block_end; ++h) *out++ = scale;
+  }
+}
+
 /// The codes of a chunk, or of its first half with zeros after it.
 template <bool is_whole>
 QLORA_INLINE __m512i load_codes(const std::uint8_t* codes, std::int64_t ahead) {
   // Into L2: its queue holds more misses than L1's.
-  _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T1);
-  if constexpr (is_whole) return _mm512_loadu_si512(codes);
-  return _mm512_maskz_loadu_epi64(0x0f, codes);
+  _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
+  __m512i loaded;
+  if constexpr (is_whole) {
+    loaded = _mm512_loadu_si512(codes);
+  } else {
+    loaded = _mm512_maskz_loadu_epi64(0x0f, codes);
+  }
+  // Once: GCC would rather read memory again for every shift, across two cache lines where the codes
+  // are not aligned.
+  __asm__("" : "+v"(loaded));
+  return loaded;
 }
 
 alignas(64) constexpr float nf4_levels[nf4_level_count] = {

@@ -1,3 +1,4 @@
+#include "cpu/avx512/few_tokens.h"
 #include "cpu/avx512/float_engine.h"
 #include "cpu/avx512/kernels.h"
 #include "cpu/avx512/tile_product.h"
@@ -8,8 +9,10 @@ void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& b
                 const TensorView& y, int num_threads) {
   if (!is_chunked(weight)) return avx2_kernels().nf4_linear(x, weight, bias, y, num_threads);
   with_float_type(x.dtype, [&]<typename T>(T) {
-    forward<FloatEngine<T>>(x.as<const T>(), weight, bias.is_present ? bias.as<const T>() : nullptr,
-                            y.as<T>(), x.shape[0], num_threads);
+    const auto product =
+        x.shape[0] <= few_tokens ? forward_few<FloatEngine<T>> : forward<FloatEngine<T>>;
+    product(x.as<const T>(), weight, bias.is_present ? bias.as<const T>() : nullptr, y.as<T>(),
+            x.shape[0], num_threads);
   });
 }
 

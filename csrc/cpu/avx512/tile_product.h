@@ -69,40 +69,43 @@ void multiply_panel(const float* panel, const float* packed, std::int64_t packed
   }
 }
 
-/// The scale of every half chunk of rows [begin, end).
-inline void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_t end,
-                                     float* out) {
-  const std::int64_t first = begin * half_chunks_of(w), last = end * half_chunks_of(w);
-  if (w.block_size == half_chunk_weights) return decode_scales(w, first, last - first, out + first);
-  const std::int64_t halves_per_block = w.block_size / half_chunk_weights;
-  for (std::int64_t h = first; h < last;) {
-    float scale;
-    decode_scales(w, h / halves_per_block, 1, &scale);
-    const std::int64_t block_end = least((h / halves_per_block + 1) * halves_per_block, last);
-    for (; h < block_end; ++h) out[h] = scale;
-  }
-}
-
-/// All of them, by all threads.
+/// The scale of every half chunk of W, decoded by all threads.
 inline const float* decode_all_scales(const NF4Bytes& w, int num_threads) {
   // An odd number of halves is read as an even one.
   float* const scales = float_workspace(Workspace::scales, w.n * half_chunks_of(w) + 1);
   scales[w.n * half_chunks_of(w)] = 0.0f;
   parallel_for(num_threads, w.n, grain_for(half_chunks_of(w)),
                [&](std::int64_t begin, std::int64_t end) {
-                 decode_half_chunk_scales(w, begin, end, scales);
+                 decode_half_chunk_scales(w, begin, end, scales + begin * half_chunks_of(w));
                });
   return scales;
 }
 
 // ---- forward
 
+/// The sums of one tile, 16 rows of W from row j on and up to 16 tokens, of which there are
+/// `token_count`, as y[token, j + row].
+template <typename Engine>
+void store_outputs(const float* sums, const typename Engine::Activation* bias,
+                   typename Engine::Activation* y, std::int64_t token_count, std::int64_t n,
+                   std::int64_t j) {
+  using Simd = typename Engine::Simd;
+  __m512i tokens[16];
+  for (int i = 0; i < 16; ++i) tokens[i] = _mm512_load_si512(sums + 16 * i);
+  transpose16(tokens);
+  const std::int64_t width = least(16, n - j);
+  const auto biases = bias ? Simd::load_partial(bias + j, width) : Simd::zero();
+  for (std::int64_t i = 0; i < least(16, token_count); ++i) {
+    Simd::store_partial(y + i * n + j,
+                        typename Simd::Floats{_mm512_castsi512_ps(tokens[i])} + biases, width);
+  }
+}
+
 /// Row tiles [begin, end) of W with all packed tokens. `scales` are those of every half chunk.
 template <typename Engine>
 void forward_rows(const NF4Bytes& w, const float* scales, const float* packed,
                   const typename Engine::Activation* bias, typename Engine::Activation* y,
                   std::int64_t m, std::int64_t begin, std::int64_t end) {
-  using Simd = typename Engine::Simd;
   constexpr std::int64_t chunk_tiles = Engine::tiles_per_inner_chunk;
   constexpr std::int64_t panel_stride = panel_inner_tiles * tile_floats + 16;
   const std::int64_t token_tiles = ceil_divide(m, 16);
@@ -148,24 +151,16 @@ void forward_rows(const NF4Bytes& w, const float* scales, const float* packed,
 
     for (std::int64_t t = 0; t < token_tiles; ++t) {
       for (std::int64_t r = 0; r < tiles; ++r) {
-        __m512i tokens[16];
-        const float* const tile_sums = sums + (r * token_tiles + t) * tile_floats;
-        for (int i = 0; i < 16; ++i) tokens[i] = _mm512_load_si512(tile_sums + 16 * i);
-        transpose16(tokens);
-        const std::int64_t j = first_row + 16 * r, width = least(16, w.n - j);
-        const auto biases = bias ? Simd::load_partial(bias + j, width) : Simd::zero();
-        for (std::int64_t i = 0; i < least(16, m - 16 * t); ++i) {
-          Simd::store_partial(y + (16 * t + i) * w.n + j,
-                              typename Simd::Floats{_mm512_castsi512_ps(tokens[i])} + biases,
-                              width);
-        }
+        store_outputs<Engine>(sums + (r * token_tiles + t) * tile_floats, bias, y + 16 * t * w.n,
+                              m - 16 * t, w.n, first_row + 16 * r);
       }
     }
   }
 }
 
-/// y[m, n] = x[m, k] · Wᵀ + bias, of a weight that is_chunked.
-template <typename Engine>
+/// y[m, n] = x[m, k] · Wᵀ + bias, of a weight that is_chunked. `rows_kernel` is forward_rows or does
+/// the same.
+template <typename Engine, auto rows_kernel = forward_rows<Engine>>
 void forward(const typename Engine::Activation* x, const NF4Bytes& w,
              const typename Engine::Activation* bias, typename Engine::Activation* y,
              std::int64_t m_total, int num_threads) {
@@ -187,7 +182,7 @@ void forward(const typename Engine::Activation* x, const NF4Bytes& w,
     });
     parallel_for(num_threads, ceil_divide(w.n, 16), 2, [&](std::int64_t begin, std::int64_t end) {
       Engine::begin();
-      forward_rows<Engine>(w, scales, packed, bias, y + first * w.n, m, begin, end);
+      rows_kernel(w, scales, packed, bias, y + first * w.n, m, begin, end);
       Engine::end();
     });
   }

@@ -59,6 +59,26 @@ struct BFloat16Tiles {
     }
   }
 
+  // -- for few_tokens.h
+
+  static constexpr int planes = 4;
+  using Planes = __m512i[4];
+  QLORA_INLINE static void decode(__m512i codes, float scale0, float scale1, Planes& out) {
+    decode_bfloat16(codes, scale0, scale1, out);
+  }
+  QLORA_INLINE static __m512 accumulate(__m512 sum, __m512i weights, __m512 activations) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)activations);
+  }
+  /// Up to 128 columns of one token, `width` of them there: plane s, word w is column 4 w + (s ^ 1).
+  static void pack_chunk(const BFloat16* x, std::int64_t width, float* out) {
+    auto* const words = reinterpret_cast<BFloat16*>(out);
+    for (std::int64_t i = 0; i < chunk_weights; ++i) {
+      words[(i % 4 ^ 1) * 32 + i / 4] = i < width ? x[i] : BFloat16{0};
+    }
+  }
+
+  // -- for tile_product.h
+
   /// One row tile: 32 inner elements of up to 16 tokens.
   static void pack_rows(const BFloat16* dy, std::int64_t stride, std::int64_t count,
                         std::int64_t width, float* tile) {
@@ -67,9 +87,10 @@ struct BFloat16Tiles {
     for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 16 * i, rows[i]);
   }
 
-  /// A chunk of up to 16 rows of W as 4 row tiles.
-  static void decode_rows(const ChunkOfRows& w, float* tiles) {
-    w.is_whole ? decode_rows<true>(w, tiles) : decode_rows<false>(w, tiles);
+  /// A chunk of up to 16 rows of W as 4 row tiles; or of up to `row_count`, as so many of their rows.
+  template <int row_count = 16>
+  QLORA_INLINE static void decode_rows(const ChunkOfRows& w, float* tiles) {
+    w.is_whole ? decode_rows<row_count, true>(w, tiles) : decode_rows<row_count, false>(w, tiles);
   }
 
   /// A chunk of up to 32 rows of W as 8 column tiles, `tile_stride` dwords apart: tile 2 s + h, dword
@@ -93,7 +114,7 @@ struct BFloat16Tiles {
   }
 
  private:
-  template <bool is_whole>
+  template <int row_count, bool is_whole>
   QLORA_INLINE static void decode_rows(const ChunkOfRows& w, float* tiles) {
     const std::uint8_t* codes = w.codes;
     const float* scales = w.scales;
@@ -105,7 +126,7 @@ struct BFloat16Tiles {
       codes += w.codes_stride;
       scales += w.scales_stride;
     }
-    for (std::int64_t row = w.rows; row < 16; ++row) {
+    for (std::int64_t row = w.rows > 0 ? w.rows : 0; row < row_count; ++row) {
       for (int s = 0; s < 4; ++s) {
         _mm512_store_si512(tiles + s * tile_floats + row * 16, _mm512_setzero_si512());
       }

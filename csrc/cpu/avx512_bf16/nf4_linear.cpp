@@ -1,3 +1,4 @@
+#include "cpu/avx512/few_tokens.h"
 #include "cpu/avx512/tile_product.h"
 #include "cpu/avx512_bf16/bfloat16_tiles.h"
 #include "cpu/avx512_bf16/kernels.h"
@@ -76,9 +77,10 @@ void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& b
   if (x.dtype != DType::bfloat16 || !avx512::is_chunked(weight)) {
     return avx512_kernels().nf4_linear(x, weight, bias, y, num_threads);
   }
-  avx512::forward<DotProductEngine>(x.as<const BFloat16>(), weight,
-                                    bias.is_present ? bias.as<const BFloat16>() : nullptr,
-                                    y.as<BFloat16>(), x.shape[0], num_threads);
+  const auto forward = x.shape[0] <= avx512::few_tokens ? avx512::forward_few<DotProductEngine>
+                                                        : avx512::forward<DotProductEngine>;
+  forward(x.as<const BFloat16>(), weight, bias.is_present ? bias.as<const BFloat16>() : nullptr,
+          y.as<BFloat16>(), x.shape[0], num_threads);
 }
 
 void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
