@@ -21,24 +21,12 @@ import rows_linear
 import rows_lora
 import rows_overhead
 from harness import WARM_ALLOCATOR, Row, Work, restart_with, run_work
+from isa import ISA_SETTINGS, isa_environment
 from machine import OthersCpu, require_quiet
 from probes import measure_limits
 from weights import Weights
 
 _SHAPES = ("4096x4096", "4096x14336")
-# A forced set holds for torch as well, or the ratios would compare two machines. MKL does torch's
-# products in fp32.
-_ISA_SETTINGS = {
-    "scalar": {},
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
-    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
-    "amx": {},
-}
 
 
 def all_works(shapes: list[str]) -> Iterator[Work]:
@@ -61,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender of a row")
     parser.add_argument("--settle", type=float, default=0.02, help="pause before each turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", choices=_ISA_SETTINGS, help="of ours and of torch's")
+    parser.add_argument("--isa", choices=ISA_SETTINGS, help="of ours and of torch's")
     parser.add_argument("--goals", action="store_true", help="print which goals were met")
     parser.add_argument("--no-limits", action="store_true", help="do not measure the machine")
     parser.add_argument("--force", action="store_true", help="run on a machine that is in use")
@@ -82,8 +70,7 @@ def main() -> None:
     if arguments.markdown:
         print(report.markdown(*report.read_rows(arguments.markdown), goals=arguments.goals))
         return
-    isa = {} if arguments.isa is None else {"QLORA_NATIVE_CPU_ISA": arguments.isa}
-    restart_with(WARM_ALLOCATOR | isa | _ISA_SETTINGS.get(arguments.isa, {}))
+    restart_with(WARM_ALLOCATOR | isa_environment(arguments.isa))
     works = [w for w in all_works(arguments.shapes) if re.search(arguments.rows, w.name)]
     if arguments.list or not works:
         print("\n".join(work.name for work in works) or "no such row; --list shows them")

@@ -114,11 +114,11 @@ def time_contenders(
 ) -> dict[str, Times]:
     """Time callables in turns for about `seconds` each, at least 5 turns.
 
-    A turn is so many calls as take some milliseconds. Before it comes a pause of `settle` seconds,
+    A turn is as many calls as take 20 milliseconds. Before it comes a pause of `settle` seconds,
     in which the threads of the contender before fall asleep (OpenMP's spin for some milliseconds),
     and, where a call is short, one that is not timed and wakes this contender's own.
     """
-    turn_seconds, short_seconds = 5e-3, 20e-3
+    turn_seconds, short_seconds = 20e-3, 20e-3
     calls = {}
     for name, call in contenders.items():
         call()
@@ -145,7 +145,7 @@ def time_contenders(
 
 
 def summarise(milliseconds: list[float]) -> Times:
-    """Median, 20th and 80th percentile."""
+    """Median, 20th and 80th percentile, of at least two."""
     quantiles = statistics.quantiles(milliseconds, n=5, method="inclusive")
     return Times(statistics.median(milliseconds), quantiles[0], quantiles[3], len(milliseconds))
 

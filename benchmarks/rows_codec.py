@@ -87,8 +87,8 @@ def _dequantise(weights: Weights, dtype: torch.dtype) -> Case:
 def _bitsandbytes_dequantise(weight: bnb.nn.Params4bit, out: Tensor) -> Tensor:
     """What its dequantize_4bit does on a CPU, but into `out`.
 
-    Its own `out=` is for GPUs, and with a fresh tensor a call faults its pages in, which takes up to
-    ten times as long as decoding (even a warm malloc does not always have so large a piece).
+    Its own `out=` is for GPUs, and with a fresh tensor a call faults its pages in, which takes up
+    to ten times as long as decoding (even a warm malloc does not always have so large a piece).
     """
     state = weight.quant_state
     absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2)
