@@ -50,6 +50,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=0.02, help="pause before each turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", choices=ISA_SETTINGS, help="of ours and of torch's")
+    parser.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="let malloc give large pieces back, as it does unless told; by default it keeps them",
+    )
     parser.add_argument("--goals", action="store_true", help="print which goals were met")
     parser.add_argument("--no-limits", action="store_true", help="do not measure the machine")
     parser.add_argument("--force", action="store_true", help="run on a machine that is in use")
@@ -70,7 +75,8 @@ def main() -> None:
     if arguments.markdown:
         print(report.markdown(*report.read_rows(arguments.markdown), goals=arguments.goals))
         return
-    restart_with(WARM_ALLOCATOR | isa_environment(arguments.isa))
+    allocator = {} if arguments.default_allocator else WARM_ALLOCATOR
+    restart_with(allocator | isa_environment(arguments.isa))
     works = [w for w in all_works(arguments.shapes) if re.search(arguments.rows, w.name)]
     if arguments.list or not works:
         print("\n".join(work.name for work in works) or "no such row; --list shows them")
@@ -79,7 +85,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     limits = None if arguments.no_limits else measure_limits(arguments.threads)
-    header = report.describe_run(limits)
+    header = report.describe_run(
+        limits, allocator="default" if arguments.default_allocator else "warm"
+    )
     print(f"{header['isa']}; {limits.describe() if limits else 'limits not measured'}")
     others = OthersCpu()
     rows: list[Row] = []

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from checks import PEER_TOLERANCE, TOLERANCE, assert_product
+from goals import BNB_TRAINING
 from harness import OURS, Case, Work, in_turn
 from weights import Weights, runs_avx512_bf16
 
@@ -36,7 +37,7 @@ def _forward(weights: Weights, m: int) -> Case:
     calls = {name: in_turn(ring, _evaluate(x)) for name, ring in layers.items()}
     if m >= _LARGE:
         training = in_turn(weights.theirs_training, _evaluate(x))
-        calls["bitsandbytes, training path"] = training
+        calls[BNB_TRAINING] = training
         if not runs_avx512_bf16():
             calls["torch fp32"] = in_turn(weights.dense_fp32, _evaluate(x.float()))
     w = weights.ours[0].dequantize(torch.bfloat16)
