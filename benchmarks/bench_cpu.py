@@ -1,154 +1,110 @@
-"""The CPU backend beside bitsandbytes and torch: codec, linear, AdamW.
+"""The CPU backend beside torch and bitsandbytes: every operation, and the machine's limits.
 
-Correctness is checked before anything is timed.
+What is timed is checked first; a wrong result ends the run. See docs/benchmarks.md.
 
-python benchmarks/bench_cpu.py [--json FILE] [--seconds S] [--threads N]
+python benchmarks/bench_cpu.py [--quick] [--rows REGEX] [--isa SET] [--goals] [--json FILE]
+python benchmarks/bench_cpu.py --markdown FILE.json [FILE.json ...]
 """
 
-from collections.abc import Callable
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
-from torch import nn
 
-import qlora_native as q
-from harness import (
-    Row,
-    parse_arguments,
-    print_table,
-    restart_with_warm_allocator,
-    time_contenders,
-    write_json,
-)
+import report
+import rows_adamw
+import rows_codec
+import rows_linear
+import rows_lora
+import rows_overhead
+from harness import WARM_ALLOCATOR, Row, Work, restart_with, run_work
+from isa import ISA_SETTINGS, isa_environment
+from machine import OthersCpu, require_quiet
+from probes import measure_limits
+from weights import Weights
 
-N = K = 4096
-OPTIMIZER_ELEMENTS = 16_777_216
-
-
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    """Relative to the largest value, so that a wrong answer is not timed."""
-    error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
-    assert error <= tolerance, f"results differ by {error:.2e}, want {tolerance:.0e}"
+_SHAPES = ("4096x4096", "4096x14336")
 
 
-def bench_codec(seconds: float) -> list[Row]:
-    """Quantise and dequantise with nested scales, allocating the result as users do."""
-    w = torch.randn(N, K)
-    ours = q.nf4_quantize(w)
-    codes, state = bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-    state.dtype = torch.bfloat16
+def all_works(shapes: list[str]) -> Iterator[Work]:
+    """Every row, by shape, so that only one shape's weights exist at a time."""
+    for shape in shapes:
+        n, k = (int(size) for size in shape.split("x"))
+        weights = Weights(n, k)
+        for module in (rows_codec, rows_linear, rows_lora):
+            yield from module.works(weights)
+    yield from rows_adamw.works()
+    yield from rows_overhead.works()
 
-    def dequantize_theirs() -> torch.Tensor:
-        return bnb.functional.dequantize_4bit(codes, state)
 
-    # Not bit for bit: a few of its nested scale codes are one off (it searches 65,536 bins).
-    assert_close(ours.dequantize(torch.bfloat16), dequantize_theirs(), 2**-6)
-    rows = time_contenders(
-        "quantise 4096², fp32",
-        {
-            "qlora_native": lambda: q.nf4_quantize(w),
-            "bitsandbytes": lambda: bnb.functional.quantize_4bit(
-                w, quant_type="nf4", compress_statistics=True
-            ),
-        },
-        seconds,
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", metavar="REGEX", default="", help="only works whose name has it")
+    parser.add_argument("--list", action="store_true", help="print the works and end")
+    parser.add_argument("--shapes", nargs="+", metavar="NxK", default=None)
+    parser.add_argument("--quick", action="store_true", help="one shape, a quarter of the time")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender of a row")
+    parser.add_argument("--settle", type=float, default=0.02, help="pause before each turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--isa", choices=ISA_SETTINGS, help="of ours and of torch's")
+    parser.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="let malloc give large pieces back, as it does unless told; by default it keeps them",
     )
-    rows += time_contenders(
-        "dequantise 4096² to bf16",
-        {
-            "qlora_native": lambda: ours.dequantize(torch.bfloat16),
-            "bitsandbytes": dequantize_theirs,
-        },
-        seconds,
-    )
-    return rows
-
-
-def bench_linear(seconds: float) -> list[Row]:
-    """Forward and input gradient in training mode, bf16, as in fine-tuning."""
-    dense = nn.Linear(K, N, bias=False, dtype=torch.bfloat16)
-    ours = q.NF4Linear.from_linear(dense)
-    theirs = bnb.nn.Linear4bit(
-        K, N, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4"
-    )
-    theirs.weight = bnb.nn.Params4bit(
-        dense.weight.detach().clone(), requires_grad=False, quant_type="nf4"
-    )
-    theirs = theirs.to("cpu").train()
-
-    def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            x.grad = None
-            y = layer(x)
-            y.backward(dy)
-            return y.detach()
-
-        return run
-
-    rows = []
-    for m in (1, 16, 256, 1024):
-        x = torch.randn(m, K, dtype=torch.bfloat16, requires_grad=True)
-        dy = torch.randn(m, N, dtype=torch.bfloat16)
-        contenders = {
-            "qlora_native": step(ours, x, dy),
-            "bitsandbytes": step(theirs, x, dy),
-            "torch bf16, not quantised": step(dense.requires_grad_(False), x, dy),
-        }
-        y_ours, y_theirs, _ = (run() for run in contenders.values())
-        assert_close(y_ours, y_theirs, 2**-6)
-        rows += time_contenders(f"linear 4096², forward + dX, m = {m}, bf16", contenders, seconds)
-    return rows
-
-
-def bench_adamw(seconds: float) -> list[Row]:
-    """A step on 16.8 M fp32 parameters."""
-
-    def stepper(
-        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-    ) -> tuple[nn.Parameter, Callable[[], object]]:
-        torch.manual_seed(0)
-        parameter = nn.Parameter(torch.randn(OPTIMIZER_ELEMENTS))
-        parameter.grad = torch.randn(OPTIMIZER_ELEMENTS)
-        return parameter, make([parameter]).step
-
-    rows = []
-    for bits, contenders in {
-        32: {
-            "qlora_native": lambda p: q.PagedAdamW(p),
-            "torch fused": lambda p: torch.optim.AdamW(p, fused=True),
-            "bitsandbytes": lambda p: bnb.optim.AdamW32bit(p, weight_decay=1e-2),
-        },
-        8: {
-            "qlora_native": lambda p: q.PagedAdamW8bit(p),
-            "torch fused, 32-bit": lambda p: torch.optim.AdamW(p, fused=True),
-            "bitsandbytes": lambda p: bnb.optim.AdamW8bit(p, weight_decay=1e-2),
-        },
-    }.items():
-        made = {name: stepper(make) for name, make in contenders.items()}
-        for _, step in made.values():
-            step()
-        ours, *others = (parameter.detach() for parameter, _ in made.values())
-        for other in others:
-            assert_close(ours, other, 1e-3)
-        rows += time_contenders(
-            f"AdamW {bits}-bit, 16.8 M fp32",
-            {name: step for name, (_, step) in made.items()},
-            seconds,
-        )
-    return rows
+    parser.add_argument("--goals", action="store_true", help="print which goals were met")
+    parser.add_argument("--no-limits", action="store_true", help="do not measure the machine")
+    parser.add_argument("--force", action="store_true", help="run on a machine that is in use")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
+    parser.add_argument("--markdown", type=Path, nargs="+", metavar="FILE", help="print as a table")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.seconds /= 4
+    arguments.shapes = arguments.shapes or list(_SHAPES[: 1 if arguments.quick else None])
+    for shape in arguments.shapes:
+        if not re.fullmatch(r"\d+x\d+", shape):
+            parser.error(f"--shapes: {shape!r}, want out_features x in_features, like 4096x4096")
+    return arguments
 
 
 def main() -> None:
-    restart_with_warm_allocator()
-    arguments = parse_arguments("The CPU backend beside bitsandbytes and torch.")
+    arguments = parse_arguments()
+    if arguments.markdown:
+        print(report.markdown(*report.read_rows(arguments.markdown), goals=arguments.goals))
+        return
+    allocator = {} if arguments.default_allocator else WARM_ALLOCATOR
+    restart_with(allocator | isa_environment(arguments.isa))
+    works = [w for w in all_works(arguments.shapes) if re.search(arguments.rows, w.name)]
+    if arguments.list or not works:
+        print("\n".join(work.name for work in works) or "no such row; --list shows them")
+        return
+    require_quiet(arguments.force)
     torch.manual_seed(0)
-    rows = []
-    for bench in (bench_codec, bench_linear, bench_adamw):
-        print(f"{bench.__name__} ...", flush=True)
-        rows += bench(arguments.seconds)
-    print_table(rows)
+    torch.set_num_threads(arguments.threads)
+    limits = None if arguments.no_limits else measure_limits(arguments.threads)
+    header = report.describe_run(
+        limits, allocator="default" if arguments.default_allocator else "warm"
+    )
+    print(f"{header['isa']}; {limits.describe() if limits else 'limits not measured'}")
+    others = OthersCpu()
+    rows: list[Row] = []
+    count = len(works)
+    while works:
+        work = works.pop(0)  # the list must not keep the weights of a shape that is done
+        print(f"[{count - len(works)}/{count}] {work.name} ...", file=sys.stderr, flush=True)
+        rows.append(run_work(work, limits, str(header["isa"]), arguments.seconds, arguments.settle))
+        print(" | ".join(report.cells(rows[-1], arguments.goals)), flush=True)
+    header["others_share_of_cpu"] = round(others.share(), 4)
+    print(f"\n{report.markdown(header, rows, arguments.goals)}")
+    if others.share() > 0.03:
+        print(f"WARNING: others used {others.share():.0%} of the processor meanwhile.")
     if arguments.json:
-        write_json(arguments.json, rows)
+        report.write_json(arguments.json, header, rows)
+    if arguments.goals and any(not verdict.met for row in rows for verdict in row.verdicts):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

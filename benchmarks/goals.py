@@ -1,0 +1,102 @@
+"""What each row is to reach, as data, and whether it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness import Row
+
+BNB, BF16, FP32 = "bitsandbytes", "torch bf16", "torch fp32"
+BNB_TRAINING = "bitsandbytes, training path"
+LIMIT, MICROSECONDS = "limit", "µs"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`reach` × as fast as `against`; of LIMIT a share to reach, of MICROSECONDS a time to keep to.
+
+    Attributes:
+        key: of the rows that it is about.
+        ms: their numbers of tokens; empty: any.
+        against: a contender; several: whichever of them is fastest.
+        isas: the instruction sets that it holds on; empty: any that no other goal names.
+    """
+
+    key: str
+    ms: tuple[int, ...]
+    against: tuple[str, ...]
+    reach: float
+    isas: tuple[str, ...] = ()
+
+
+_AVX2 = ("avx2",)
+GOALS = (
+    Goal("quantise", (), (BNB,), 50),
+    Goal("quantise", (), (LIMIT,), 0.60),
+    Goal("dequantise to bf16", (), (LIMIT,), 0.85),
+    Goal("dequantise to bf16", (), (BNB,), 1.1),
+    Goal("dequantise to fp32", (), (LIMIT,), 0.85),
+    Goal("dequantise to fp32", (), (BNB,), 1.0),
+    Goal("forward", (1,), (LIMIT,), 0.85),
+    Goal("forward", (1,), (LIMIT,), 0.70, _AVX2),
+    Goal("forward", (1,), (BNB,), 2.0),
+    Goal("forward", (4, 8), (BNB,), 1.8),
+    Goal("forward", (16,), (BNB,), 1.5),
+    Goal("forward", (64, 256, 1024), (BNB, BNB_TRAINING), 1.3),
+    Goal("forward", (64, 256, 1024), (BF16,), 0.97),
+    Goal("forward", (64, 256, 1024), (BF16, FP32), 0.97, _AVX2),
+    Goal("forward + dX", (256,), (BNB,), 1.4),
+    Goal("forward + dX", (1024,), (BNB,), 1.1),
+    Goal("forward + dX", (256, 1024), (BF16,), 0.97),
+    Goal("forward + dX", (256, 1024), (BF16, FP32), 0.97, _AVX2),
+    Goal("forward, fp32 activations", (64, 256, 1024), (FP32,), 0.97),
+    Goal("LoRA forward + backward", (512,), ("PEFT on bitsandbytes",), 1.3),
+    Goal("LoRA forward + backward", (512,), ("bare bf16 products",), 1 / 1.1),
+    Goal("AdamW 32-bit", (), ("torch fused",), 1.0),
+    Goal("AdamW 32-bit", (), (BNB,), 12),
+    Goal("AdamW 8-bit", (), ("torch fused, 32-bit",), 1.3),
+    Goal("AdamW 8-bit", (), (BNB,), 40),
+    Goal("call overhead, forward", (), (MICROSECONDS,), 15),
+    Goal("call overhead, forward + backward", (), (MICROSECONDS,), 75),
+    Goal("training step", (), ("bitsandbytes + PEFT",), 1.35),
+    Goal("training step", (), ("bf16 + PEFT",), 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a goal asked for, what was measured, and whether that is enough."""
+
+    wanted: str
+    reached: str
+    met: bool
+
+
+def judge(row: Row, isa: str) -> list[Verdict]:
+    """The verdicts on a row, of the goals whose contenders it has."""
+    goals = [g for g in GOALS if g.key == row.key and (not g.ms or row.m in g.ms)]
+    special = [goal for goal in goals if isa in goal.isas]
+    replaced = {against for goal in special for against in goal.against}
+    goals = special + [g for g in goals if not g.isas and not replaced & set(g.against)]
+    verdicts = [_judge_one(row, goal) for goal in goals]
+    return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _judge_one(row: Row, goal: Goal) -> Verdict | None:
+    ours, *peers = row.times
+    if goal.against == (LIMIT,):
+        if row.share_of_limit is None:
+            return None
+        share = row.share_of_limit
+        return Verdict(f"≥ {goal.reach:.0%} of {row.limit}", f"{share:.0%}", share >= goal.reach)
+    if goal.against == (MICROSECONDS,):
+        took = 1e3 * row.times[ours].median_ms
+        return Verdict(f"≤ {goal.reach:g} µs", f"{took:.1f} µs", took <= goal.reach)
+    present = [name for name in goal.against if name in peers]
+    if not present:
+        return None
+    fastest = min(present, key=lambda name: row.times[name].median_ms)
+    ratio = row.ratio(fastest)
+    return Verdict(f"≥ {goal.reach:.3g}× {fastest}", f"{ratio:.2f}×", ratio >= goal.reach)
