@@ -1,4 +1,4 @@
-#include "cpu/cpu_kernels.h"
+#include "cpu/avx512/kernels.h"
 
 namespace qlora {
 
@@ -6,6 +6,9 @@ const CpuKernels& avx512_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = avx2_kernels();
     set.name = "avx512";
+    set.nf4_quantize = avx512::nf4_quantize;
+    set.nf4_quantize_scales = avx512::nf4_quantize_scales;
+    set.nf4_dequantize = avx512::nf4_dequantize;
     return set;
   }();
   return kernels;
