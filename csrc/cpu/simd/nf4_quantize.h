@@ -95,30 +95,54 @@ class BlockQuantizer {
   typename Codec::Encoder encoder_;
 };
 
+/// Asks for the `bytes` that lie a little beyond `p`, which may be beyond the end.
+QLORA_INLINE void prefetch_ahead_of(const void* p, std::int64_t bytes) {
+  constexpr std::uintptr_t distance = 2048;  // 1024 to 8192 do as well
+  constexpr std::int64_t line = 64;
+  const std::uintptr_t ahead = reinterpret_cast<std::uintptr_t>(p) + distance;
+  for (std::int64_t i = 0; i < bytes; i += line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<std::uintptr_t>(i)));
+  }
+}
+
 /// The kernel of cpu_kernels.h for one dtype.
+///
+/// It walks 4 groups side by side: one stream of reads leaves a core's prefetcher so little in
+/// flight that reading and computing take turns. On a Sapphire Rapids 4096 x 4096 fp32 weights,
+/// from memory, on two threads take 5.1 ms with one stream, 3.7 with two, 3.2 with four and with
+/// eight, and 2.8 with four and prefetching; reading them alone takes 2.5.
 template <typename Codec, typename T>
 QLORA_INLINE std::int64_t nf4_quantize_groups(const T* w, const NF4Bytes& out, float* absmax,
                                               double* group_sums, std::int64_t begin,
                                               std::int64_t end) {
+  constexpr std::int64_t streams = 4;
   const BlockQuantizer<Codec, T> quantize;
   const std::int64_t block_size = out.block_size;
   const std::int64_t element_count = out.element_count();
   const std::int64_t block_count = out.block_count();
-  for (std::int64_t group = begin; group < end; ++group) {
-    const std::int64_t first = group * nf4_blocks_per_nested_block;
-    const std::int64_t last = first + nf4_blocks_per_nested_block < block_count
-                                  ? first + nf4_blocks_per_nested_block
-                                  : block_count;
-    double sum = 0.0;
-    for (std::int64_t block = first; block < last; ++block) {
-      const std::int64_t e = block * block_size;
-      const std::int64_t left = element_count - e;
-      const float scale = quantize(w + e, left < block_size ? left : block_size, out.codes + e / 2);
-      absmax[block] = scale;
-      if (!(scale <= std::numeric_limits<float>::max())) return block;
-      sum += static_cast<double>(scale);
+  std::int64_t first_bad_block = block_count;
+  for (std::int64_t first = begin; first < end; first += streams) {
+    const std::int64_t last = first + streams < end ? first + streams : end;
+    double sums[streams] = {};
+    for (std::int64_t i = 0; i < nf4_blocks_per_nested_block; ++i) {
+      for (std::int64_t group = first; group < last; ++group) {
+        const std::int64_t block = group * nf4_blocks_per_nested_block + i;
+        if (block >= block_count) break;
+        const std::int64_t e = block * block_size;
+        const std::int64_t left = element_count - e;
+        const std::int64_t count = left < block_size ? left : block_size;
+        prefetch_ahead_of(w + e, count * static_cast<std::int64_t>(sizeof(T)));
+        const float scale = quantize(w + e, count, out.codes + e / 2);
+        absmax[block] = scale;
+        sums[group - first] += static_cast<double>(scale);
+        const bool is_bad = !(scale <= std::numeric_limits<float>::max());
+        if (is_bad && block < first_bad_block) first_bad_block = block;
+      }
     }
-    group_sums[group] = sum;
+    if (first_bad_block < block_count) return first_bad_block;
+    for (std::int64_t group = first; group < last; ++group) {
+      group_sums[group] = sums[group - first];
+    }
   }
   return -1;
 }
