@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "cpu/simd/inline.h"
+#include "cpu/simd/prefetch.h"
 #include "format/nf4_layout.h"
 
 namespace qlora::simd {
@@ -33,33 +34,40 @@ QLORA_INLINE void nf4_group_scales(const NF4Bytes& weight, std::int64_t begin, s
   }
 }
 
+/// A block of `count` elements.
+template <typename Codec, typename Store, typename T>
+QLORA_INLINE void nf4_dequantize_block(float scale, const std::uint8_t* codes, std::int64_t count,
+                                       T* out) {
+  constexpr std::int64_t step = nf4_min_block_size;
+  const typename Codec::template Decoder<T> decoder(scale);
+  std::int64_t e = 0;
+  for (; e + step <= count; e += step) decoder.template decode<Store>(codes + e / 2, out + e);
+  if (e == count) return;
+  std::uint8_t last_codes[step / 2] = {};
+  T last[step];
+  std::memcpy(last_codes, codes + e / 2, static_cast<std::size_t>(nf4_code_bytes(count - e)));
+  decoder.template decode<typename Codec::Cached>(last_codes, last);
+  std::memcpy(out + e, last, static_cast<std::size_t>(count - e) * sizeof(T));
+}
+
 template <typename Codec, typename Store, typename T>
 QLORA_INLINE void nf4_dequantize_blocks(const NF4Bytes& weight, T* out, std::int64_t begin,
                                         std::int64_t end) {
-  constexpr std::int64_t step = nf4_min_block_size;
+  constexpr std::int64_t group_size = nf4_blocks_per_nested_block;
+  const std::int64_t block_size = weight.block_size;
   const std::int64_t element_count = weight.element_count();
-  float scales[nf4_blocks_per_nested_block];
+  float scales[group_size];
   for (std::int64_t first = begin; first < end;) {
-    const std::int64_t group_end =
-        (first / nf4_blocks_per_nested_block + 1) * nf4_blocks_per_nested_block;
+    const std::int64_t group_end = (first / group_size + 1) * group_size;
     const std::int64_t last = group_end < end ? group_end : end;
     nf4_group_scales(weight, first, last, scales);
     for (std::int64_t block = first; block < last; ++block) {
-      const typename Codec::template Decoder<T> decoder(scales[block - first]);
-      const std::int64_t block_end = (block + 1) * weight.block_size;
-      const std::int64_t stop = block_end < element_count ? block_end : element_count;
-      std::int64_t e = block * weight.block_size;
-      for (; e + step <= stop; e += step) {
-        decoder.template decode<Store>(weight.codes + e / 2, out + e);
-      }
-      if (e < stop) {
-        const std::int64_t count = stop - e;
-        std::uint8_t codes[step / 2] = {};
-        T decoded[step];
-        std::memcpy(codes, weight.codes + e / 2, static_cast<std::size_t>(nf4_code_bytes(count)));
-        decoder.template decode<typename Codec::Cached>(codes, decoded);
-        std::memcpy(out + e, decoded, static_cast<std::size_t>(count) * sizeof(T));
-      }
+      const std::int64_t e = block * block_size;
+      const std::int64_t left = element_count - e;
+      const std::int64_t count = left < block_size ? left : block_size;
+      prefetch_ahead_of(weight.codes + e / 2, count / 2);
+      nf4_dequantize_block<Codec, Store>(scales[block - first], weight.codes + e / 2, count,
+                                         out + e);
     }
     first = last;
   }

@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "cpu/simd/inline.h"
+#include "cpu/simd/prefetch.h"
 #include "format/nf4_layout.h"
 
 namespace qlora::simd {
@@ -94,16 +95,6 @@ class BlockQuantizer {
 
   typename Codec::Encoder encoder_;
 };
-
-/// Asks for the `bytes` that lie a little beyond `p`, which may be beyond the end.
-QLORA_INLINE void prefetch_ahead_of(const void* p, std::int64_t bytes) {
-  constexpr std::uintptr_t distance = 2048;  // 1024 to 8192 do as well
-  constexpr std::int64_t line = 64;
-  const std::uintptr_t ahead = reinterpret_cast<std::uintptr_t>(p) + distance;
-  for (std::int64_t i = 0; i < bytes; i += line) {
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<std::uintptr_t>(i)));
-  }
-}
 
 /// The kernel of cpu_kernels.h for one dtype.
 ///
