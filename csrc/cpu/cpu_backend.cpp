@@ -1,6 +1,7 @@
 // Splits each operation's range over threads.
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -35,14 +36,17 @@ class CpuBackend final : public Backend {
     const std::int64_t block_count = out.block_count();
     const std::int64_t group_count = nf4_nested_block_count(block_count);
     const std::int64_t grain = grain_for(nf4_blocks_per_nested_block * out.block_size);
-    std::vector<float> absmax(static_cast<std::size_t>(block_count));
-    std::vector<double> group_sums(static_cast<std::size_t>(group_count));
+    // Not filled with zeros first: for a large weight that is a pass over fresh pages on one thread.
+    const auto absmax =
+        std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(block_count));
+    const auto group_sums =
+        std::make_unique_for_overwrite<double[]>(static_cast<std::size_t>(group_count));
 
     std::atomic<std::int64_t> first_bad_block{block_count};
     parallel_for(context.num_threads, group_count, grain,
                  [&](std::int64_t begin, std::int64_t end) {
                    const std::int64_t bad =
-                       kernels().nf4_quantize(w, out, absmax.data(), group_sums.data(), begin, end);
+                       kernels().nf4_quantize(w, out, absmax.get(), group_sums.get(), begin, end);
                    if (bad < 0) return;
                    std::int64_t known = first_bad_block;
                    while (bad < known && !first_bad_block.compare_exchange_weak(known, bad)) {
@@ -51,17 +55,16 @@ class CpuBackend final : public Backend {
     if (first_bad_block != block_count) throw_not_finite(first_bad_block, weight);
 
     if (!out.is_nested()) {
-      std::copy_n(reinterpret_cast<const std::uint8_t*>(absmax.data()), 4 * block_count,
-                  out.absmax);
+      std::copy_n(reinterpret_cast<const std::uint8_t*>(absmax.get()), 4 * block_count, out.absmax);
       return;
     }
-    const double sum = std::accumulate(group_sums.begin(), group_sums.end(), 0.0);
+    const double sum = std::accumulate(group_sums.get(), group_sums.get() + group_count, 0.0);
     const float offset =
         block_count > 0 ? static_cast<float>(sum / static_cast<double>(block_count)) : 0.0f;
     store_float(out.nested_offset, 0, offset);
     parallel_for(context.num_threads, group_count, grain_for(nf4_blocks_per_nested_block),
                  [&](std::int64_t begin, std::int64_t end) {
-                   kernels().nf4_quantize_scales(absmax.data(), offset, out, begin, end);
+                   kernels().nf4_quantize_scales(absmax.get(), offset, out, begin, end);
                  });
   }
 
@@ -75,9 +78,12 @@ class CpuBackend final : public Backend {
   }
 
   void nf4_dequantize_absmax(const NF4Weight& weight, const TensorView& out,
-                             const ExecutionContext&) const override {
+                             const ExecutionContext& context) const override {
     const NF4Bytes bytes = bytes_of(weight);
-    for (std::int64_t b = 0; b < bytes.block_count(); ++b) out.as<float>()[b] = bytes.scale(b);
+    parallel_for(context.num_threads, bytes.block_count(), grain_for(1),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t b = begin; b < end; ++b) out.as<float>()[b] = bytes.scale(b);
+                 });
   }
 
   void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,

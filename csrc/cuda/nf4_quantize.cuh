@@ -7,9 +7,9 @@
 #include <type_traits>
 
 #include "cuda/nf4_codec_map.h"
-#include "cuda/nf4_encode_table.h"
 #include "cuda/ptx.cuh"
 #include "format/block_normalizer.h"
+#include "format/nf4_encode_table.h"
 
 namespace qlora::cuda {
 

@@ -1,4 +1,4 @@
-#include "cpu/cpu_kernels.h"
+#include "cpu/avx2/kernels.h"
 
 namespace qlora {
 
@@ -6,6 +6,9 @@ const CpuKernels& avx2_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = scalar_kernels();
     set.name = "avx2";
+    set.nf4_quantize = avx2::nf4_quantize;
+    set.nf4_quantize_scales = avx2::nf4_quantize_scales;
+    set.nf4_dequantize = avx2::nf4_dequantize;
     return set;
   }();
   return kernels;

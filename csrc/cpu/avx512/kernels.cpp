@@ -6,6 +6,9 @@ const CpuKernels& avx512_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = avx2_kernels();
     set.name = "avx512";
+    set.nf4_quantize = avx512::nf4_quantize;
+    set.nf4_quantize_scales = avx512::nf4_quantize_scales;
+    set.nf4_dequantize = avx512::nf4_dequantize;
     set.nf4_linear = avx512::nf4_linear;
     set.nf4_linear_grad_input = avx512::nf4_linear_grad_input;
     return set;

@@ -1,9 +1,17 @@
-// The kernels of this set.
+// The kernels of AVX-512 F, BW, DQ and VL, one file for each group; the formulas are in
+// cpu/scalar/.
 #pragma once
 
 #include "cpu/cpu_kernels.h"
 
 namespace qlora::avx512 {
+
+std::int64_t nf4_quantize(const TensorView& w, const NF4Bytes& out, float* absmax,
+                          double* group_sums, std::int64_t begin, std::int64_t end);
+void nf4_quantize_scales(const float* absmax, float offset, const NF4Bytes& out, std::int64_t begin,
+                         std::int64_t end);
+void nf4_dequantize(const NF4Bytes& weight, const TensorView& out, std::int64_t begin,
+                    std::int64_t end);
 
 void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
                 const TensorView& y, int num_threads);

@@ -86,8 +86,14 @@ struct Simd {
         _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
     return _mm512_cvtepi32_epi16(upper);
   }
+  /// Round to nearest even, as from_float<Float16>: NaN loses its payload.
   QLORA_INLINE static __m256i narrow_float16(Floats a) {
-    return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i sign_and_nan =
+        _mm512_or_si512(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MIN)),
+                        _mm512_set1_epi32(0x7fc00000));
+    const __m512 plain = _mm512_mask_mov_ps(a.v, is_nan, _mm512_castsi512_ps(sign_and_nan));
+    return _mm512_cvtps_ph(plain, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 
  private:

@@ -42,11 +42,18 @@ class DynamicMapEncoder {
     return static_cast<std::uint8_t>(first + (x > midpoints_[first] ? 1 : 0));
   }
 
- private:
+  // What it looks up, for encoders of whole vectors.
+
   // From 2^-22, below which no midpoint lies and everything is in the first bucket, to 1.
   static constexpr std::uint32_t smallest_upper_bits = (127 - 22) << 7;
   static constexpr std::uint32_t bucket_count = (22 << 7) + 1;
 
+  /// One a bucket, those of negative numbers second. A gather may read 4 bytes at any of them: the
+  /// midpoints come after.
+  const std::uint8_t* first_codes() const { return first_code_.data(); }
+  const float* midpoints() const { return midpoints_.data(); }
+
+ private:
   std::array<std::uint8_t, 2 * bucket_count> first_code_{};
   std::array<float, dynamic_map_size> midpoints_{};  // the last one is Inf
 };

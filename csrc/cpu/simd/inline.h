@@ -3,3 +3,6 @@
 #pragma once
 
 #define QLORA_INLINE [[gnu::always_inline]] inline
+
+/// After the parameters of a lambda.
+#define QLORA_INLINE_LAMBDA __attribute__((always_inline))

@@ -1,7 +1,8 @@
 // nf4_encode as one table look-up and one comparison.
 //
-// nvcc makes some 130 instructions of nf4_encode itself: its tables become chains of selects. At
-// the bandwidth of an H200's memory a quantiser of 16-bit weights can afford 17 an element in all.
+// For code that encodes many elements at once. nvcc makes some 130 instructions of nf4_encode
+// itself: its tables become chains of selects. At the bandwidth of an H200's memory a quantiser of
+// 16-bit weights can afford 17 an element in all. AVX-512 looks 32 bins up in one instruction.
 #pragma once
 
 #include <bit>
@@ -11,17 +12,21 @@
 
 #include "format/nf4.h"
 
-namespace qlora::cuda {
+namespace qlora {
 
-inline constexpr int nf4_bin_count = 32;  // one a lane of a warp
+inline constexpr int nf4_bin_count = 32;  // one a lane of a warp, or two registers of 16
+
+/// The bin of `x` is round(x * nf4_bins_per_unit + nf4_bin_rounder): 2^23 leaves the sum, which is
+/// rounded once, no fraction bits; its low 5 bits are round(15 x) + 16.
+inline constexpr float nf4_bins_per_unit = 15.0f;
+inline constexpr float nf4_bin_rounder = 0x1p23f + 16.0f;
 
 /// The bin of `x`, in the low 5 bits of what it returns: round(15 x) + 16, which is 1 to 31 for x
 /// in [-1, 1].
 ///
-/// 2^23 leaves the sum no fraction bits, so that its rounding is the one wanted. Rounding is
-/// monotone, hence so are the bins.
+/// Rounding is monotone, hence so are the bins.
 QLORA_HOST_DEVICE inline std::uint32_t nf4_bin(float x) {
-  return std::bit_cast<std::uint32_t>(fmaf(x, 15.0f, 0x1p23f + 16.0f));
+  return std::bit_cast<std::uint32_t>(fmaf(x, nf4_bins_per_unit, nf4_bin_rounder));
 }
 
 /// As no bin holds two thresholds:  nf4_encode(x) = base[nf4_bin(x)] + (x > threshold[nf4_bin(x)]).
@@ -60,4 +65,4 @@ constexpr NF4EncodeTable make_nf4_encode_table() {
 
 inline constexpr NF4EncodeTable nf4_encode_table = detail::make_nf4_encode_table();
 
-}  // namespace qlora::cuda
+}  // namespace qlora

@@ -1,12 +1,12 @@
-// The table of the quantising kernels says what nf4_encode says.
-#include "cuda/nf4_encode_table.h"
+// The table of the vector and CUDA quantisers says what nf4_encode says.
+#include "format/nf4_encode_table.h"
 
 #include <bit>
 #include <cmath>
 
 #include <gtest/gtest.h>
 
-namespace qlora::cuda {
+namespace qlora {
 namespace {
 
 std::uint32_t encode_by_table(float x) {
@@ -55,4 +55,4 @@ TEST(NF4EncodeTable, UsesEveryBinButTheFirst) {
 }
 
 }  // namespace
-}  // namespace qlora::cuda
+}  // namespace qlora
