@@ -78,12 +78,14 @@ def print_table(rows: list[Row]) -> None:
         )
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
+def parse_arguments(
+    description: str, seconds: float = 2.0, threads: int | None = None
+) -> argparse.Namespace:
     """The arguments that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each contender of a row")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each contender of a row")
+    parser.add_argument("--threads", type=int, default=threads or torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     return arguments
