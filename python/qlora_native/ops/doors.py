@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+
 from qlora_native.ops.storage import PLAIN_TYPES
 
 
@@ -20,17 +22,29 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    is_intercepted = (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or any(
-            tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_meta)
-            for tensor in tensors
-        )
-    )
+    is_intercepted = _len_torch_dispatch_stack() or _are_functorch_transforms_active()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_meta):
+            is_intercepted = True
     if is_intercepted and forward_ad._current_level >= 0:
         raise NotImplementedError(
             "qlora_native has no forward-mode derivatives (torch.func.jvp, jacfwd, "
             "torch.autograd.forward_ad); use the reverse mode, torch.autograd.grad"
         )
     return bool(is_intercepted)
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a plain eager call must go through its `autograd.Function`.
+
+    True where a gradient is to be recorded; and while forward-mode derivatives are taken, which the
+    Function refuses.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
