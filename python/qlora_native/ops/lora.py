@@ -13,9 +13,10 @@ from qlora_native.ops.base_product import (
     base_forward,
     base_grad_input,
     prefers_native,
+    rows_of,
     with_shape,
 )
-from qlora_native.ops.doors import needs_dispatcher
+from qlora_native.ops.doors import needs_autograd, needs_dispatcher
 from qlora_native.ops.linear import (
     check_bias,
     check_input,
@@ -67,10 +68,8 @@ def lora_linear(
     """
     if isinstance(weight, NF4Tensors):
         n, k, device = weight.n, weight.k, weight.codes.device
-        base: tuple[Any, ...] = weight
     else:
         (n, k), device = weight.shape, weight.device
-        base = (weight, None, None, None, n, k, 0)
         _check_dense_base(weight, x)
     check_input("lora_linear", x, k, device)
     check_bias("lora_linear", x, bias, n)
@@ -92,10 +91,16 @@ def lora_linear(
         )
     if p == 0.0:
         seed = None
-    arguments = (x, bias, lora_a, lora_b, seed, *base, scaling, p)
-    if needs_dispatcher(x, bias, lora_a, lora_b, base[0]):
-        return torch.ops.qlora_native.lora_linear(*arguments)[0]
-    return _LoRALinear.apply(*arguments)
+    stored = weight.codes if isinstance(weight, NF4Tensors) else weight
+    if needs_dispatcher(x, bias, lora_a, lora_b, stored):
+        base = _arguments_of(weight)
+        return torch.ops.qlora_native.lora_linear(
+            x, bias, lora_a, lora_b, seed, *base, scaling, p
+        )[0]
+    if needs_autograd(x, bias, lora_a, lora_b):
+        return _LoRALinear.apply(x, bias, lora_a, lora_b, seed, weight, scaling, p)
+    factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
+    return _forward_any_rank(x, weight, bias, factors)[0]
 
 
 def _check_dense_base(weight: Tensor, x: Tensor) -> None:
@@ -111,6 +116,11 @@ def _check_dense_base(weight: Tensor, x: Tensor) -> None:
 def _weight_of(base: tuple[Any, ...]) -> BaseWeight:
     """The weight from the operator's arguments: a dense one has no scales."""
     return base[0] if base[1] is None else NF4Tensors(*base)
+
+
+def _arguments_of(weight: BaseWeight) -> tuple[Any, ...]:
+    """The operator's arguments from the weight."""
+    return weight if isinstance(weight, NF4Tensors) else (weight, None, None, None, *weight.shape, 0)
 
 
 def _dropped(x: Tensor, factors: LoRAFactors, out: Tensor | None = None) -> Tensor:
@@ -191,28 +201,28 @@ class _LoRALinear(torch.autograd.Function):
         lora_a: Tensor,
         lora_b: Tensor,
         seed: Tensor | None,
-        *rest: Any,
+        weight: BaseWeight,
+        scaling: float,
+        p: float,
     ) -> Tensor:
-        *base, scaling, p = rest
-        weight = _weight_of(tuple(base))
         factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-        y, t = forward(x.reshape(-1, x.shape[-1]), weight, bias, factors)
-        _save(ctx, (x, bias, lora_a, lora_b, seed, *rest), t)
-        return with_shape(y, *x.shape[:-1], y.shape[-1])
+        y, t = _forward_any_rank(x, weight, bias, factors)
+        _save(ctx, x, t, factors, _arguments_of(weight))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, _backward_any_rank)
+        return *_gradients(ctx, dy, _backward_any_rank), None, None, None, None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], t: Tensor) -> None:
-    x, _, lora_a, lora_b, seed, *base, scaling, p = inputs
+def _save(ctx: Any, x: Tensor, t: Tensor, factors: LoRAFactors, base: tuple[Any, ...]) -> None:
+    lora_a, lora_b, seed, scaling, p = factors
     ctx.save_for_backward(x, t, lora_a, lora_b, seed, *base[:4])
     ctx.numbers = (*base[4:], scaling, p)
 
 
 def _gradients(ctx: Any, dy: Tensor, backward_function: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of lora_linear's 14 arguments: x, bias, lora_a and lora_b have one."""
+    """In x, bias, lora_a and lora_b, of the arguments the four that have one."""
     needs_dx, needs_dbias, needs_da, needs_db = ctx.needs_input_grad[:4]
     x, t, *tensors = ctx.saved_tensors
     dx = grad_a = grad_b = None
@@ -228,7 +238,6 @@ def _gradients(ctx: Any, dy: Tensor, backward_function: Any) -> tuple[Tensor | N
         grad_bias(dy) if needs_dbias else None,
         grad_a if needs_da else None,
         grad_b if needs_db else None,
-        *(None,) * 10,
     )
 
 
@@ -263,6 +272,14 @@ def _differentiable_backward(
     )
 
 
+def _forward_any_rank(
+    x: Tensor, weight: BaseWeight, bias: Tensor | None, factors: LoRAFactors
+) -> tuple[Tensor, Tensor]:
+    """`forward` of x[..., k]."""
+    y, t = forward(rows_of(x), weight, bias, factors)
+    return with_shape(y, *x.shape[:-1], y.shape[-1]), t
+
+
 def _backward_any_rank(
     dy: Tensor,
     x: Tensor,
@@ -276,8 +293,7 @@ def _backward_any_rank(
     *base, scaling, p, needs_dx = rest
     weight = _weight_of(tuple(base))
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx, grad_a, grad_b = backward(dy_rows, x_rows, t, weight, factors, needs_dx)
+    dx, grad_a, grad_b = backward(rows_of(dy), rows_of(x), t, weight, factors, needs_dx)
     return None if dx is None else with_shape(dx, *x.shape), grad_a, grad_b
 
 
@@ -304,8 +320,7 @@ def _lora_linear_op(
 ) -> tuple[Tensor, Tensor]:
     *base, scaling, p = rest
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    y, t = forward(x.reshape(-1, x.shape[-1]), _weight_of(tuple(base)), bias, factors)
-    return with_shape(y, *x.shape[:-1], y.shape[-1]), t
+    return _forward_any_rank(x, _weight_of(tuple(base)), bias, factors)
 
 
 @_lora_linear_op.register_fake
@@ -342,13 +357,15 @@ def _(
 def _setup_context(
     ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
-    _save(ctx, inputs, output[1])
+    x, _, lora_a, lora_b, seed, *base, scaling, p = inputs
+    _save(ctx, x, output[1], LoRAFactors(lora_a, lora_b, seed, scaling, p), tuple(base))
 
 
 def _backward_through_dispatcher(
     ctx: Any, dy: Tensor, _grad_t: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, torch.ops.qlora_native.lora_linear_backward)
+    gradients = _gradients(ctx, dy, torch.ops.qlora_native.lora_linear_backward)
+    return *gradients, *(None,) * 10
 
 
 _lora_linear_op.register_autograd(_backward_through_dispatcher, setup_context=_setup_context)
