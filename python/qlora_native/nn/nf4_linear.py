@@ -203,9 +203,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     Like torch's autocast this leaves integers and float64 alone: the operation refuses them. The
     meta device has no autocast.
     """
-    if x.dtype not in FLOAT_DTYPES or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype not in FLOAT_DTYPES or x.is_meta:
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    device_type = "cpu" if x.is_cpu else x.device.type  # which makes a string at each call
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def parameter_of(module: nn.Module, name: str) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from qlora_native.ops.base_product import base_forward, base_grad_input
-from qlora_native.ops.doors import needs_autograd, needs_dispatcher
+from qlora_native.ops.doors import direct_apply, needs_autograd, needs_dispatcher
 from qlora_native.ops.storage import FLOAT_DTYPES, NF4_SCHEMA, NF4Tensors
 
 
@@ -24,7 +24,7 @@ def nf4_linear(x: Tensor, weight: NF4Tensors, bias: Tensor | None = None) -> Ten
     if needs_dispatcher(x, weight.codes, bias):
         return torch.ops.qlora_native.nf4_linear(x, bias, *weight)
     if needs_autograd(x, bias):
-        return _NF4Linear.apply(x, bias, weight)
+        return _apply_linear(x, bias, weight)
     return base_forward(x, weight, bias)
 
 
@@ -33,7 +33,7 @@ def nf4_linear_grad_input(dy: Tensor, weight: NF4Tensors) -> Tensor:
     if needs_dispatcher(dy, weight.codes):
         return torch.ops.qlora_native.nf4_linear_grad_input(dy, *weight)
     if needs_autograd(dy):
-        return _NF4LinearGradInput.apply(dy, weight)
+        return _apply_grad_input(dy, weight)
     return base_grad_input(dy, weight)
 
 
@@ -88,6 +88,10 @@ class _NF4LinearGradInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         return nf4_linear(ddx, _saved_weight(ctx)), None
+
+
+_apply_linear = direct_apply(_NF4Linear)
+_apply_grad_input = direct_apply(_NF4LinearGradInput)
 
 
 def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:

@@ -14,9 +14,8 @@ from qlora_native.ops.base_product import (
     base_grad_input,
     prefers_native,
     rows_of,
-    with_shape,
 )
-from qlora_native.ops.doors import needs_autograd, needs_dispatcher
+from qlora_native.ops.doors import direct_apply, needs_autograd, needs_dispatcher
 from qlora_native.ops.linear import (
     check_bias,
     check_input,
@@ -98,9 +97,9 @@ def lora_linear(
             x, bias, lora_a, lora_b, seed, *base, scaling, p
         )[0]
     if needs_autograd(x, bias, lora_a, lora_b):
-        return _LoRALinear.apply(x, bias, lora_a, lora_b, seed, weight, scaling, p)
+        return _apply_lora(x, bias, lora_a, lora_b, seed, weight, scaling, p)
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    return _forward_any_rank(x, weight, bias, factors)[0]
+    return forward(x, weight, bias, factors)[0]
 
 
 def _check_dense_base(weight: Tensor, x: Tensor) -> None:
@@ -135,20 +134,20 @@ def _dropped(x: Tensor, factors: LoRAFactors, out: Tensor | None = None) -> Tens
 def forward(
     x: Tensor, weight: BaseWeight, bias: Tensor | None, factors: LoRAFactors
 ) -> tuple[Tensor, Tensor]:
-    """(y[m, n], t[m, r] = dropout(x) · Aᵀ) of x[m, k], without autograd."""
+    """(y[..., n], t[m, r] = dropout(x) · Aᵀ) of x[..., k], m rows in all, without autograd."""
     x = x.contiguous()
     y = base_forward(x, weight, bias)
     lora_a, lora_b, _, scaling, _ = factors
     dropped = _dropped(x, factors)
     if prefers_native(x):
-        t = x.new_empty(x.shape[0], lora_a.shape[0])
+        t = x.new_empty(x.numel() // x.shape[-1], lora_a.shape[0])
         _core.lora_forward(
             dropped, lora_a.contiguous(), lora_b.contiguous(), scaling, t, y, *execution(x)
         )
         return y, t
     with autocast_disabled(x):
-        t = torch.mm(dropped, lora_a.to(x.dtype).t())
-        y.addmm_(t, lora_b.to(x.dtype).t(), alpha=scaling)
+        t = torch.mm(rows_of(dropped), lora_a.to(x.dtype).t())
+        rows_of(y).addmm_(t, lora_b.to(x.dtype).t(), alpha=scaling)
     return y, t
 
 
@@ -169,11 +168,12 @@ def backward(
     else:
         with autocast_disabled(x):
             b = lora_b.to(x.dtype)
-            u = torch.addmm(dy.new_zeros(1), dy, b, beta=0, alpha=scaling)  # scaled, rounded once
-            grad_a = _sum_of_outer_products(u, dropped).to(lora_a.dtype)
-            grad_b = _sum_of_outer_products(dy, t).mul_(scaling).to(lora_b.dtype)
+            rows = rows_of(dy)
+            u = torch.addmm(dy.new_zeros(1), rows, b, beta=0, alpha=scaling)  # scaled, rounded once
+            grad_a = _sum_of_outer_products(u, rows_of(dropped)).to(lora_a.dtype)
+            grad_b = _sum_of_outer_products(rows, t).mul_(scaling).to(lora_b.dtype)
             if dx_lora is not None:
-                dx_lora.addmm_(u, lora_a.to(x.dtype))
+                rows_of(dx_lora).addmm_(u, lora_a.to(x.dtype))
     if dx is not None and dx_lora is not dx:
         dx.add_(_dropped(dx_lora, factors, out=dx_lora))
     return dx, grad_a, grad_b
@@ -206,13 +206,16 @@ class _LoRALinear(torch.autograd.Function):
         p: float,
     ) -> Tensor:
         factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-        y, t = _forward_any_rank(x, weight, bias, factors)
+        y, t = forward(x, weight, bias, factors)
         _save(ctx, x, t, factors, _arguments_of(weight))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, _backward_any_rank), None, None, None, None
+        return *_gradients(ctx, dy, _backward_of_arguments), None, None, None, None
+
+
+_apply_lora = direct_apply(_LoRALinear)
 
 
 def _save(ctx: Any, x: Tensor, t: Tensor, factors: LoRAFactors, base: tuple[Any, ...]) -> None:
@@ -272,15 +275,7 @@ def _differentiable_backward(
     )
 
 
-def _forward_any_rank(
-    x: Tensor, weight: BaseWeight, bias: Tensor | None, factors: LoRAFactors
-) -> tuple[Tensor, Tensor]:
-    """`forward` of x[..., k]."""
-    y, t = forward(rows_of(x), weight, bias, factors)
-    return with_shape(y, *x.shape[:-1], y.shape[-1]), t
-
-
-def _backward_any_rank(
+def _backward_of_arguments(
     dy: Tensor,
     x: Tensor,
     t: Tensor,
@@ -293,8 +288,7 @@ def _backward_any_rank(
     *base, scaling, p, needs_dx = rest
     weight = _weight_of(tuple(base))
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    dx, grad_a, grad_b = backward(rows_of(dy), rows_of(x), t, weight, factors, needs_dx)
-    return None if dx is None else with_shape(dx, *x.shape), grad_a, grad_b
+    return backward(dy, x, t, weight, factors, needs_dx)
 
 
 # A base in an operator's schema: NF4Tensors, or a dense weight without scales.
@@ -320,7 +314,7 @@ def _lora_linear_op(
 ) -> tuple[Tensor, Tensor]:
     *base, scaling, p = rest
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    return _forward_any_rank(x, _weight_of(tuple(base)), bias, factors)
+    return forward(x, _weight_of(tuple(base)), bias, factors)
 
 
 @_lora_linear_op.register_fake
@@ -339,7 +333,7 @@ def _(
 )
 def _lora_linear_backward_op(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """An operator has no optional outputs: dx is empty unless asked for."""
-    dx, grad_a, grad_b = _backward_any_rank(dy, x, *rest)
+    dx, grad_a, grad_b = _backward_of_arguments(dy, x, *rest)
     return x.new_empty(0) if dx is None else dx, grad_a, grad_b
 
 
