@@ -1,4 +1,4 @@
-"""What a call costs before any work: 64 × 64 layers on few tokens, beside torch, bitsandbytes, PEFT.
+"""What a call costs before any work: 64 × 64 layers on few tokens, beside torch and its peers.
 
 A layer of this size is all overhead: Python, checks, autograd. Microseconds a call, the median and
 the least over many batches of calls; in turns in one process, so that the ratios are what is read.

@@ -84,7 +84,9 @@ def parse_arguments(
     """The arguments that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--seconds", type=float, default=seconds, help="for each contender of a row")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help="for each contender of a row"
+    )
     parser.add_argument("--threads", type=int, default=threads or torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

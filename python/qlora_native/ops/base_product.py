@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_native import _core
-from qlora_native.ops.storage import NF4Tensors, execution
+from qlora_native.ops.storage import NF4Tensors, execution, in_memory
 
 # Tokens up to which the scalar kernels beat dequantise + torch.mm on a CPU. Forward at 4096 × 4096,
 # bf16, two idle cores: ours 7.7, 10.1, 11.7, 19.7 ms at m = 1, 4, 6, 16; the workspace 11 ms
@@ -32,7 +32,8 @@ def base_forward(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
     """y[..., n] = x[..., k] · Wᵀ + bias, no view."""
     if isinstance(weight, NF4Tensors) and prefers_native(x):
         y = x.new_empty(*x.shape[:-1], weight.n)
-        _core.nf4_linear(x.contiguous(), weight, bias, y, *execution(x))
+        bias = None if bias is None else in_memory(bias)
+        _core.nf4_linear(in_memory(x), weight, bias, y, *execution(x))
         return y
     with autocast_disabled(x):
         y = F.linear(rows_of(x), _dense(weight, x.dtype), bias)
@@ -43,7 +44,7 @@ def base_grad_input(dy: Tensor, weight: BaseWeight) -> Tensor:
     """dx[..., k] = dy[..., n] · W, no view."""
     if isinstance(weight, NF4Tensors) and prefers_native(dy):
         dx = dy.new_empty(*dy.shape[:-1], weight.k)
-        _core.nf4_linear_grad_input(dy.contiguous(), weight, dx, *execution(dy))
+        _core.nf4_linear_grad_input(in_memory(dy), weight, dx, *execution(dy))
         return dx
     with autocast_disabled(dy):
         dx = torch.mm(rows_of(dy), _dense(weight, dy.dtype))

@@ -22,7 +22,7 @@ from qlora_native.ops.linear import (
     grad_bias,
     nf4_linear_grad_input,
 )
-from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution
+from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution, in_memory
 
 _ROWS = 1024  # converted to fp32 at a time
 
@@ -92,10 +92,8 @@ def lora_linear(
         seed = None
     stored = weight.codes if isinstance(weight, NF4Tensors) else weight
     if needs_dispatcher(x, bias, lora_a, lora_b, stored):
-        base = _arguments_of(weight)
-        return torch.ops.qlora_native.lora_linear(
-            x, bias, lora_a, lora_b, seed, *base, scaling, p
-        )[0]
+        arguments = (x, bias, lora_a, lora_b, seed, *_arguments_of(weight), scaling, p)
+        return torch.ops.qlora_native.lora_linear(*arguments)[0]
     if needs_autograd(x, bias, lora_a, lora_b):
         return _apply_lora(x, bias, lora_a, lora_b, seed, weight, scaling, p)
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
@@ -119,7 +117,9 @@ def _weight_of(base: tuple[Any, ...]) -> BaseWeight:
 
 def _arguments_of(weight: BaseWeight) -> tuple[Any, ...]:
     """The operator's arguments from the weight."""
-    return weight if isinstance(weight, NF4Tensors) else (weight, None, None, None, *weight.shape, 0)
+    if isinstance(weight, NF4Tensors):
+        return weight
+    return (weight, None, None, None, *weight.shape, 0)
 
 
 def _dropped(x: Tensor, factors: LoRAFactors, out: Tensor | None = None) -> Tensor:
@@ -135,14 +135,14 @@ def forward(
     x: Tensor, weight: BaseWeight, bias: Tensor | None, factors: LoRAFactors
 ) -> tuple[Tensor, Tensor]:
     """(y[..., n], t[m, r] = dropout(x) · Aᵀ) of x[..., k], m rows in all, without autograd."""
-    x = x.contiguous()
+    x = in_memory(x)
     y = base_forward(x, weight, bias)
     lora_a, lora_b, _, scaling, _ = factors
     dropped = _dropped(x, factors)
     if prefers_native(x):
         t = x.new_empty(x.numel() // x.shape[-1], lora_a.shape[0])
         _core.lora_forward(
-            dropped, lora_a.contiguous(), lora_b.contiguous(), scaling, t, y, *execution(x)
+            dropped, in_memory(lora_a), in_memory(lora_b), scaling, t, y, *execution(x)
         )
         return y, t
     with autocast_disabled(x):
@@ -155,14 +155,14 @@ def backward(
     dy: Tensor, x: Tensor, t: Tensor, weight: BaseWeight, factors: LoRAFactors, needs_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(dx, grad_a, grad_b) of `forward`; dx is None unless asked for."""
-    x, dy = x.contiguous(), dy.contiguous()
+    x, dy = in_memory(x), in_memory(dy)
     lora_a, lora_b, seed, scaling, _ = factors
     dx = base_grad_input(dy, weight) if needs_dx else None
     dropped = _dropped(x, factors)
     # Dropout stands between x and A, so A's part of dx passes the mask before it is added.
     dx_lora = dx if seed is None or dx is None else torch.zeros_like(dx)
     if prefers_native(x):
-        a, b = lora_a.contiguous(), lora_b.contiguous()
+        a, b = in_memory(lora_a), in_memory(lora_b)
         grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
         _core.lora_backward(dy, dropped, t, a, b, scaling, grad_a, grad_b, dx_lora, *execution(x))
     else:
