@@ -12,7 +12,7 @@ namespace {
 
 namespace py = pybind11;
 
-// ---- through DLPack's C exchange API: some 20 ns a tensor
+// ---- through DLPack's C exchange API: under 0.1 µs a tensor, the check of it included
 
 /// What torch offers, looked up once.
 struct Torch {
@@ -97,7 +97,7 @@ std::optional<TensorView> view_through_dlpack(py::handle object) {
   return view;
 }
 
-// ---- by asking the object: some 400 ns a tensor
+// ---- by asking the object: 0.4 µs a tensor
 
 /// Attribute names as Python keeps them, so that a look-up makes no string.
 struct Names {
