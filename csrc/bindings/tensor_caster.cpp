@@ -1,5 +1,7 @@
 #include "bindings/tensor_caster.h"
 
+#include <cstddef>
+#include <iterator>
 #include <optional>
 #include <string>
 
