@@ -7,55 +7,6 @@
 namespace qlora {
 namespace {
 
-DType dtype_of(py::handle dtype) {
-  // str(dtype) is "torch.bfloat16"; the name after the dot is looked up once for each dtype object,
-  // which torch never frees.
-  static constexpr DType known[] = {DType::uint8, DType::int64, DType::float16, DType::bfloat16,
-                                    DType::float32};
-  static PyObject* objects[std::size(known)] = {};
-  for (std::size_t i = 0; i < std::size(known); ++i) {
-    if (objects[i] == dtype.ptr()) return known[i];
-  }
-  const auto text = py::str(dtype).cast<std::string>();
-  for (std::size_t i = 0; i < std::size(known); ++i) {
-    if (text == std::string("torch.") + name_of(known[i])) {
-      objects[i] = dtype.ptr();
-      return known[i];
-    }
-  }
-  throw InvalidArgument(
-      message("a tensor has dtype ", text, ", want float32, bfloat16, float16, uint8 or int64"));
-}
-
-Device device_of(py::handle tensor) {
-  if (tensor.attr("is_cpu").cast<bool>()) return {DeviceType::cpu, 0};
-  if (tensor.attr("is_cuda").cast<bool>()) {
-    return {DeviceType::cuda, tensor.attr("get_device")().cast<int>()};
-  }
-  throw InvalidArgument(message("a tensor is on device ",
-                                py::str(tensor.attr("device")).cast<std::string>(),
-                                ", want cpu or cuda"));
-}
-
-}  // namespace
-
-TensorView view_of_tensor(py::handle tensor) {
-  TensorView view;
-  view.is_present = true;
-  view.dtype = dtype_of(tensor.attr("dtype"));
-  view.device = device_of(tensor);
-  view.is_contiguous = tensor.attr("is_contiguous")().cast<bool>();
-  for (const py::handle size : py::reinterpret_borrow<py::tuple>(tensor.attr("shape"))) {
-    view.shape.push_back(size.cast<std::int64_t>());
-  }
-  view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>());
-  check(view.data != nullptr || view.numel() == 0, "a tensor of shape ", view.shape,
-        " has no memory: it is fake, or its storage was freed");
-  return view;
-}
-
-namespace {
-
 void register_errors() {
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {

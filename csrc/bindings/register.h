@@ -16,6 +16,16 @@ inline ExecutionContext make_context(int num_threads, std::uintptr_t stream) {
   return {.num_threads = num_threads, .stream = reinterpret_cast<void*>(stream)};
 }
 
+/// x[..., k] as the matrix [rows, k] that the operations take.
+inline TensorView rows_of(TensorView tensor) {
+  const Shape shape = tensor.shape;
+  if (shape.rank == 0 || shape.rank == 2) return tensor;
+  std::int64_t rows = 1;
+  for (int i = 0; i + 1 < shape.rank; ++i) rows *= shape[i];
+  tensor.shape = {rows, shape[shape.rank - 1]};
+  return tensor;
+}
+
 /// The arguments are converted with the GIL held; the operation runs without it.
 using NoGil = py::call_guard<py::gil_scoped_release>;
 

@@ -1,8 +1,9 @@
-// Converts a torch.Tensor to a TensorView by asking the object: torch is neither included nor
-// linked.
+// Converts a torch.Tensor to a TensorView: torch is neither included nor linked.
 //
-// Read are `dtype`, `shape`, `is_cpu`, `is_cuda`, `get_device()`, `is_contiguous()` and
-// `data_ptr()`. None becomes an absent view. An NF4Weight comes as the tuple (codes, absmax,
+// A plain tensor is read through DLPack's C exchange API where torch has one. Any other, and every
+// one of an older torch, is asked for `dtype`, `shape`, `is_cpu`, `is_cuda`, `get_device()`,
+// `is_contiguous()` and `data_ptr()`. Nothing is kept from call to call: memory may be swapped under
+// a parameter. None becomes an absent view. An NF4Weight comes as the tuple (codes, absmax,
 // nested_absmax | None, nested_offset | None, n, k, block_size).
 #pragma once
 
@@ -11,6 +12,8 @@
 #include "core/operations.h"
 
 namespace qlora {
+
+bool is_tensor(pybind11::handle object);
 
 /// Throws InvalidArgument on a dtype or device that the core has no name for.
 TensorView view_of_tensor(pybind11::handle tensor);
@@ -25,7 +28,7 @@ struct type_caster<qlora::TensorView> {
 
   bool load(handle source, bool /*convert*/) {
     if (!source.is_none()) {
-      if (!hasattr(source, "data_ptr")) return false;
+      if (!qlora::is_tensor(source)) return false;
       value = qlora::view_of_tensor(source);
     }
     return true;

@@ -1,4 +1,7 @@
-"""The native core; csrc/core/operations.h has each operation's formula, shapes and errors."""
+"""The native core; csrc/core/operations.h has each operation's formula, shapes and errors.
+
+Where that says x[m, k] of a product, here x[..., k] is taken, and so with y, dy and dx.
+"""
 
 from collections.abc import Sequence
 from typing import TypedDict

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native import ops
-from qlora_native.nn.nf4_linear import NF4Linear, autocast_dtype
+from qlora_native.nn.nf4_linear import NF4Linear, autocast_dtype, parameter_of
 
 
 class LoRALinear(nn.Module):
@@ -80,13 +80,13 @@ class LoRALinear(nn.Module):
         # torch's generator draws the seed, so that its state, checkpointing's replay and CUDA
         # graphs all govern the mask.
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0.0 else None
-        base = self.base
+        base = self._modules["base"]
+        lora_a, lora_b = parameter_of(self, "lora_a"), parameter_of(self, "lora_b")
         if isinstance(base, NF4Linear):
             dtype = base.compute_dtype_for(x)
-            weight, bias = base.nf4_weight.tensors, base.bias_in(dtype)
-            y = ops.lora_linear(
-                x.to(dtype), weight, bias, self.lora_a, self.lora_b, self.scaling, p, seed
-            )
+            weight, bias = base.tensors(), base.bias_in(dtype)
+            x_in_dtype = x if x.dtype == dtype else x.to(dtype)
+            y = ops.lora_linear(x_in_dtype, weight, bias, lora_a, lora_b, self.scaling, p, seed)
             return y if base.compute_dtype is None else y.to(x.dtype)
         dtype = autocast_dtype(x)
         bias = base.bias
@@ -95,9 +95,7 @@ class LoRALinear(nn.Module):
             bias = None if bias is None else bias.to(dtype)
         elif base.weight.dtype != x.dtype:
             raise ValueError(f"LoRALinear: x is {x.dtype}, base.weight is {base.weight.dtype}")
-        return ops.lora_linear(
-            x, base.weight, bias, self.lora_a, self.lora_b, self.scaling, p, seed
-        )
+        return ops.lora_linear(x, base.weight, bias, lora_a, lora_b, self.scaling, p, seed)
 
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""

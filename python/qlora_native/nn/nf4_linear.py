@@ -125,7 +125,7 @@ class NF4Linear(nn.Module):
     @property
     def nf4_weight(self) -> NF4Weight:
         """The weight; it shares the parameters' memory."""
-        return NF4Weight(self._tensors(), self.weight_shape)
+        return NF4Weight(self.tensors(), self.weight_shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """The dense weight `[out_features, in_features]` in `dtype`, into `out` where given."""
@@ -134,7 +134,8 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x[..., in_features] -> y[..., out_features], in x's dtype or, if on, autocast's."""
         dtype = self.compute_dtype_for(x)
-        y = ops.nf4_linear(x.to(dtype), self._tensors(), self.bias_in(dtype))
+        x_in_dtype = x if x.dtype == dtype else x.to(dtype)
+        y = ops.nf4_linear(x_in_dtype, self.tensors(), self.bias_in(dtype))
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def compute_dtype_for(self, x: Tensor) -> torch.dtype:
@@ -145,7 +146,8 @@ class NF4Linear(nn.Module):
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:
         """The bias in `dtype`, if there is one."""
-        return None if self.bias is None else self.bias.to(dtype)
+        bias = parameter_of(self, "bias")
+        return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""
@@ -155,12 +157,13 @@ class NF4Linear(nn.Module):
             f"double_quant={self.double_quant}, compute_dtype={self.compute_dtype}"
         )
 
-    def _tensors(self) -> NF4Tensors:
+    def tensors(self) -> NF4Tensors:
+        """The weight as the operations take it; looked up at each call, for any may be replaced."""
         return NF4Tensors(
-            self.weight,
-            self.weight_absmax,
-            self.weight_nested_absmax,
-            self.weight_nested_offset,
+            parameter_of(self, "weight"),
+            parameter_of(self, "weight_absmax"),
+            parameter_of(self, "weight_nested_absmax"),
+            parameter_of(self, "weight_nested_offset"),
             self.out_features,
             self.in_features,
             self.block_size,
@@ -200,9 +203,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     Like torch's autocast this leaves integers and float64 alone: the operation refuses them. The
     meta device has no autocast.
     """
-    if x.dtype not in FLOAT_DTYPES or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype not in FLOAT_DTYPES or x.is_meta:
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    device_type = "cpu" if x.is_cpu else x.device.type  # which makes a string at each call
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """`module.name`, a tenth of a microsecond where that is half a one.
+
+    An attribute that is no registered parameter is asked for: FSDP1 and torch.nn.utils.parametrize
+    put other things in a parameter's place.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""Products with a frozen base weight, NF4 or dense, on 2-D x and without autograd.
+"""Products with a frozen base weight, NF4 or dense, without autograd.
 
 The CPU core's own kernels win while the batch is small; above, dequantising into a workspace and
 calling torch's GEMM does.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_native import _core
-from qlora_native.ops.storage import NF4Tensors, execution
+from qlora_native.ops.storage import NF4Tensors, execution, in_memory
 
 # Tokens up to which the scalar kernels beat dequantise + torch.mm on a CPU. Forward at 4096 × 4096,
 # bf16, two idle cores: ours 7.7, 10.1, 11.7, 19.7 ms at m = 1, 4, 6, 16; the workspace 11 ms
@@ -24,28 +24,36 @@ BaseWeight: TypeAlias = NF4Tensors | Tensor
 
 
 def prefers_native(x: Tensor) -> bool:
-    """Whether the core's kernels, not the workspace, take a batch x[m, k]."""
-    return x.is_cpu and x.shape[0] <= NATIVE_MAX_TOKENS
+    """Whether the core's kernels, not the workspace, take a batch x[..., k]."""
+    return x.is_cpu and x.numel() <= NATIVE_MAX_TOKENS * x.shape[-1]
 
 
 def base_forward(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
-    """y[m, n] = x[m, k] · Wᵀ + bias."""
+    """y[..., n] = x[..., k] · Wᵀ + bias, no view."""
     if isinstance(weight, NF4Tensors) and prefers_native(x):
-        y = x.new_empty(x.shape[0], weight.n)
-        _core.nf4_linear(x.contiguous(), weight, bias, y, *execution(x))
+        y = x.new_empty(*x.shape[:-1], weight.n)
+        bias = None if bias is None else in_memory(bias)
+        _core.nf4_linear(in_memory(x), weight, bias, y, *execution(x))
         return y
     with autocast_disabled(x):
-        return F.linear(x, _dense(weight, x.dtype), bias)
+        y = F.linear(rows_of(x), _dense(weight, x.dtype), bias)
+    return with_shape(y, *x.shape[:-1], y.shape[-1])
 
 
 def base_grad_input(dy: Tensor, weight: BaseWeight) -> Tensor:
-    """dx[m, k] = dy[m, n] · W."""
+    """dx[..., k] = dy[..., n] · W, no view."""
     if isinstance(weight, NF4Tensors) and prefers_native(dy):
-        dx = dy.new_empty(dy.shape[0], weight.k)
-        _core.nf4_linear_grad_input(dy.contiguous(), weight, dx, *execution(dy))
+        dx = dy.new_empty(*dy.shape[:-1], weight.k)
+        _core.nf4_linear_grad_input(in_memory(dy), weight, dx, *execution(dy))
         return dx
     with autocast_disabled(dy):
-        return torch.mm(dy, _dense(weight, dy.dtype))
+        dx = torch.mm(rows_of(dy), _dense(weight, dy.dtype))
+    return with_shape(dx, *dy.shape[:-1], dx.shape[-1])
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x[..., k] as the matrix [m, k]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def with_shape(tensor: Tensor, *shape: int) -> Tensor:
@@ -54,6 +62,8 @@ def with_shape(tensor: Tensor, *shape: int) -> Tensor:
     Autograd forbids to write in place to a view that an `autograd.Function` made, and what follows
     a layer may: `nn.ReLU(inplace=True)`.
     """
+    if tensor.shape == shape:
+        return tensor
     return torch.ops.aten._unsafe_view.default(tensor, shape)
 
 

@@ -15,6 +15,7 @@ from qlora_native.ops.storage import (
     check_block_size,
     empty_nf4_tensors,
     execution,
+    in_memory,
 )
 
 
@@ -37,7 +38,7 @@ def quantize(w: Tensor, block_size: int, double_quant: bool) -> NF4Tensors:
 
 def _quantize(w: Tensor, n: int, k: int, block_size: int, double_quant: bool) -> NF4Tensors:
     out = empty_nf4_tensors(n, k, block_size, double_quant, w.device)
-    _core.nf4_quantize(w.contiguous().view(n, k), out, *execution(w))
+    _core.nf4_quantize(in_memory(w).view(n, k), out, *execution(w))
     return out
 
 

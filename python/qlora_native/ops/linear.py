@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qlora_native.ops.base_product import base_forward, base_grad_input, with_shape
-from qlora_native.ops.doors import needs_dispatcher
+from qlora_native.ops.base_product import base_forward, base_grad_input
+from qlora_native.ops.doors import direct_apply, needs_autograd, needs_dispatcher
 from qlora_native.ops.storage import FLOAT_DTYPES, NF4_SCHEMA, NF4Tensors
 
 
@@ -23,14 +23,18 @@ def nf4_linear(x: Tensor, weight: NF4Tensors, bias: Tensor | None = None) -> Ten
     check_bias("nf4_linear", x, bias, weight.n)
     if needs_dispatcher(x, weight.codes, bias):
         return torch.ops.qlora_native.nf4_linear(x, bias, *weight)
-    return _NF4Linear.apply(x, bias, *weight)
+    if needs_autograd(x, bias):
+        return _apply_linear(x, bias, weight)
+    return base_forward(x, weight, bias)
 
 
 def nf4_linear_grad_input(dy: Tensor, weight: NF4Tensors) -> Tensor:
     """dx[..., k] = dy[..., n] · dequantize(W, dy.dtype): the gradient of nf4_linear in x."""
     if needs_dispatcher(dy, weight.codes):
         return torch.ops.qlora_native.nf4_linear_grad_input(dy, *weight)
-    return _NF4LinearGradInput.apply(dy, *weight)
+    if needs_autograd(dy):
+        return _apply_grad_input(dy, weight)
+    return base_grad_input(dy, weight)
 
 
 def check_input(operation: str, x: Tensor, k: int, device: torch.device) -> None:
@@ -54,48 +58,40 @@ def check_bias(operation: str, x: Tensor, bias: Tensor | None, n: int) -> None:
         )
 
 
-def forward(x: Tensor, bias: Tensor | None, weight: NF4Tensors) -> Tensor:
-    """nf4_linear of x of any rank, without autograd."""
-    y = base_forward(x.reshape(-1, weight.k), weight, bias)
-    return with_shape(y, *x.shape[:-1], weight.n)
-
-
-def grad_input(dy: Tensor, weight: NF4Tensors) -> Tensor:
-    """The gradient of nf4_linear with respect to x, without autograd."""
-    dx = base_grad_input(dy.reshape(-1, weight.n), weight)
-    return with_shape(dx, *dy.shape[:-1], weight.k)
-
-
 def grad_bias(dy: Tensor) -> Tensor:
     """Sum over all but the last dimension in fp32, rounded to dy.dtype."""
     return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(dy.dtype)
 
 
 # nf4_linear is linear in x and its gradient linear in dy, each with the other as its derivative:
-# that makes gradients of every order right. The arguments after the first are the weight's, as
-# NF4Tensors lists them.
+# that makes gradients of every order right. An autograd.Function takes the weight as one argument,
+# an operator as the seven that NF4Tensors lists.
 
 
 class _NF4Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: NF4Tensors) -> Tensor:
         _save_weight(ctx, weight)
-        return forward(x, bias, NF4Tensors(*weight))
+        return base_forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy)
+        return *_gradients(ctx, dy), None
 
 
 class _NF4LinearGradInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, *weight: Any) -> Tensor:
+    def forward(ctx: Any, dy: Tensor, weight: NF4Tensors) -> Tensor:
         _save_weight(ctx, weight)
-        return grad_input(dy, NF4Tensors(*weight))
+        return base_grad_input(dy, weight)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients_of_grad_input(ctx, ddx)
+        return nf4_linear(ddx, _saved_weight(ctx)), None
+
+
+_apply_linear = direct_apply(_NF4Linear)
+_apply_grad_input = direct_apply(_NF4LinearGradInput)
 
 
 def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
@@ -108,9 +104,14 @@ def _saved_weight(ctx: Any) -> NF4Tensors:
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of nf4_linear's 9 arguments: x and bias have one."""
-    dx = nf4_linear_grad_input(dy, _saved_weight(ctx)) if ctx.needs_input_grad[0] else None
-    return dx, grad_bias(dy) if ctx.needs_input_grad[1] else None, *(None,) * 7
+    """In x and bias, of the arguments the two that have one."""
+    needs_dx, needs_dbias, *_ = ctx.needs_input_grad
+    dx = nf4_linear_grad_input(dy, _saved_weight(ctx)) if needs_dx else None
+    return dx, grad_bias(dy) if needs_dbias else None
+
+
+def _gradients_through_dispatcher(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, dy), *(None,) * 7
 
 
 def _gradients_of_grad_input(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +124,7 @@ def _gradients_of_grad_input(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]
     schema=f"(Tensor x, Tensor? bias, {NF4_SCHEMA}) -> Tensor",
 )
 def _nf4_linear_op(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
-    return forward(x, bias, NF4Tensors(*weight))
+    return base_forward(x, NF4Tensors(*weight), bias)
 
 
 @torch.library.custom_op(
@@ -132,7 +133,7 @@ def _nf4_linear_op(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     schema=f"(Tensor dy, {NF4_SCHEMA}) -> Tensor",
 )
 def _nf4_linear_grad_input_op(dy: Tensor, *weight: Any) -> Tensor:
-    return grad_input(dy, NF4Tensors(*weight))
+    return base_grad_input(dy, NF4Tensors(*weight))
 
 
 @_nf4_linear_op.register_fake
@@ -153,7 +154,7 @@ def _setup_grad_input(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor)
     _save_weight(ctx, inputs[1:])
 
 
-_nf4_linear_op.register_autograd(_gradients, setup_context=_setup_linear)
+_nf4_linear_op.register_autograd(_gradients_through_dispatcher, setup_context=_setup_linear)
 _nf4_linear_grad_input_op.register_autograd(
     _gradients_of_grad_input, setup_context=_setup_grad_input
 )

@@ -13,16 +13,16 @@ from qlora_native.ops.base_product import (
     base_forward,
     base_grad_input,
     prefers_native,
-    with_shape,
+    rows_of,
 )
-from qlora_native.ops.doors import needs_dispatcher
+from qlora_native.ops.doors import direct_apply, needs_autograd, needs_dispatcher
 from qlora_native.ops.linear import (
     check_bias,
     check_input,
     grad_bias,
     nf4_linear_grad_input,
 )
-from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution
+from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution, in_memory
 
 _ROWS = 1024  # converted to fp32 at a time
 
@@ -67,10 +67,8 @@ def lora_linear(
     """
     if isinstance(weight, NF4Tensors):
         n, k, device = weight.n, weight.k, weight.codes.device
-        base: tuple[Any, ...] = weight
     else:
         (n, k), device = weight.shape, weight.device
-        base = (weight, None, None, None, n, k, 0)
         _check_dense_base(weight, x)
     check_input("lora_linear", x, k, device)
     check_bias("lora_linear", x, bias, n)
@@ -92,10 +90,14 @@ def lora_linear(
         )
     if p == 0.0:
         seed = None
-    arguments = (x, bias, lora_a, lora_b, seed, *base, scaling, p)
-    if needs_dispatcher(x, bias, lora_a, lora_b, base[0]):
+    stored = weight.codes if isinstance(weight, NF4Tensors) else weight
+    if needs_dispatcher(x, bias, lora_a, lora_b, stored):
+        arguments = (x, bias, lora_a, lora_b, seed, *_arguments_of(weight), scaling, p)
         return torch.ops.qlora_native.lora_linear(*arguments)[0]
-    return _LoRALinear.apply(*arguments)
+    if needs_autograd(x, bias, lora_a, lora_b):
+        return _apply_lora(x, bias, lora_a, lora_b, seed, weight, scaling, p)
+    factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
+    return forward(x, weight, bias, factors)[0]
 
 
 def _check_dense_base(weight: Tensor, x: Tensor) -> None:
@@ -113,6 +115,13 @@ def _weight_of(base: tuple[Any, ...]) -> BaseWeight:
     return base[0] if base[1] is None else NF4Tensors(*base)
 
 
+def _arguments_of(weight: BaseWeight) -> tuple[Any, ...]:
+    """The operator's arguments from the weight."""
+    if isinstance(weight, NF4Tensors):
+        return weight
+    return (weight, None, None, None, *weight.shape, 0)
+
+
 def _dropped(x: Tensor, factors: LoRAFactors, out: Tensor | None = None) -> Tensor:
     """x after dropout; x itself without."""
     if factors.seed is None:
@@ -125,20 +134,20 @@ def _dropped(x: Tensor, factors: LoRAFactors, out: Tensor | None = None) -> Tens
 def forward(
     x: Tensor, weight: BaseWeight, bias: Tensor | None, factors: LoRAFactors
 ) -> tuple[Tensor, Tensor]:
-    """(y[m, n], t[m, r] = dropout(x) · Aᵀ) of x[m, k], without autograd."""
-    x = x.contiguous()
+    """(y[..., n], t[m, r] = dropout(x) · Aᵀ) of x[..., k], m rows in all, without autograd."""
+    x = in_memory(x)
     y = base_forward(x, weight, bias)
     lora_a, lora_b, _, scaling, _ = factors
     dropped = _dropped(x, factors)
     if prefers_native(x):
-        t = x.new_empty(x.shape[0], lora_a.shape[0])
+        t = x.new_empty(x.numel() // x.shape[-1], lora_a.shape[0])
         _core.lora_forward(
-            dropped, lora_a.contiguous(), lora_b.contiguous(), scaling, t, y, *execution(x)
+            dropped, in_memory(lora_a), in_memory(lora_b), scaling, t, y, *execution(x)
         )
         return y, t
     with autocast_disabled(x):
-        t = torch.mm(dropped, lora_a.to(x.dtype).t())
-        y.addmm_(t, lora_b.to(x.dtype).t(), alpha=scaling)
+        t = torch.mm(rows_of(dropped), lora_a.to(x.dtype).t())
+        rows_of(y).addmm_(t, lora_b.to(x.dtype).t(), alpha=scaling)
     return y, t
 
 
@@ -146,24 +155,25 @@ def backward(
     dy: Tensor, x: Tensor, t: Tensor, weight: BaseWeight, factors: LoRAFactors, needs_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(dx, grad_a, grad_b) of `forward`; dx is None unless asked for."""
-    x, dy = x.contiguous(), dy.contiguous()
+    x, dy = in_memory(x), in_memory(dy)
     lora_a, lora_b, seed, scaling, _ = factors
     dx = base_grad_input(dy, weight) if needs_dx else None
     dropped = _dropped(x, factors)
     # Dropout stands between x and A, so A's part of dx passes the mask before it is added.
     dx_lora = dx if seed is None or dx is None else torch.zeros_like(dx)
     if prefers_native(x):
-        a, b = lora_a.contiguous(), lora_b.contiguous()
+        a, b = in_memory(lora_a), in_memory(lora_b)
         grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
         _core.lora_backward(dy, dropped, t, a, b, scaling, grad_a, grad_b, dx_lora, *execution(x))
     else:
         with autocast_disabled(x):
             b = lora_b.to(x.dtype)
-            u = torch.addmm(dy.new_zeros(1), dy, b, beta=0, alpha=scaling)  # scaled, rounded once
-            grad_a = _sum_of_outer_products(u, dropped).to(lora_a.dtype)
-            grad_b = _sum_of_outer_products(dy, t).mul_(scaling).to(lora_b.dtype)
+            rows = rows_of(dy)
+            u = torch.addmm(dy.new_zeros(1), rows, b, beta=0, alpha=scaling)  # scaled, rounded once
+            grad_a = _sum_of_outer_products(u, rows_of(dropped)).to(lora_a.dtype)
+            grad_b = _sum_of_outer_products(rows, t).mul_(scaling).to(lora_b.dtype)
             if dx_lora is not None:
-                dx_lora.addmm_(u, lora_a.to(x.dtype))
+                rows_of(dx_lora).addmm_(u, lora_a.to(x.dtype))
     if dx is not None and dx_lora is not dx:
         dx.add_(_dropped(dx_lora, factors, out=dx_lora))
     return dx, grad_a, grad_b
@@ -191,28 +201,31 @@ class _LoRALinear(torch.autograd.Function):
         lora_a: Tensor,
         lora_b: Tensor,
         seed: Tensor | None,
-        *rest: Any,
+        weight: BaseWeight,
+        scaling: float,
+        p: float,
     ) -> Tensor:
-        *base, scaling, p = rest
-        weight = _weight_of(tuple(base))
         factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-        y, t = forward(x.reshape(-1, x.shape[-1]), weight, bias, factors)
-        _save(ctx, (x, bias, lora_a, lora_b, seed, *rest), t)
-        return with_shape(y, *x.shape[:-1], y.shape[-1])
+        y, t = forward(x, weight, bias, factors)
+        _save(ctx, x, t, factors, _arguments_of(weight))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, _backward_any_rank)
+        return *_gradients(ctx, dy, _backward_of_arguments), None, None, None, None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], t: Tensor) -> None:
-    x, _, lora_a, lora_b, seed, *base, scaling, p = inputs
+_apply_lora = direct_apply(_LoRALinear)
+
+
+def _save(ctx: Any, x: Tensor, t: Tensor, factors: LoRAFactors, base: tuple[Any, ...]) -> None:
+    lora_a, lora_b, seed, scaling, p = factors
     ctx.save_for_backward(x, t, lora_a, lora_b, seed, *base[:4])
     ctx.numbers = (*base[4:], scaling, p)
 
 
 def _gradients(ctx: Any, dy: Tensor, backward_function: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of lora_linear's 14 arguments: x, bias, lora_a and lora_b have one."""
+    """In x, bias, lora_a and lora_b, of the arguments the four that have one."""
     needs_dx, needs_dbias, needs_da, needs_db = ctx.needs_input_grad[:4]
     x, t, *tensors = ctx.saved_tensors
     dx = grad_a = grad_b = None
@@ -228,7 +241,6 @@ def _gradients(ctx: Any, dy: Tensor, backward_function: Any) -> tuple[Tensor | N
         grad_bias(dy) if needs_dbias else None,
         grad_a if needs_da else None,
         grad_b if needs_db else None,
-        *(None,) * 10,
     )
 
 
@@ -263,7 +275,7 @@ def _differentiable_backward(
     )
 
 
-def _backward_any_rank(
+def _backward_of_arguments(
     dy: Tensor,
     x: Tensor,
     t: Tensor,
@@ -276,9 +288,7 @@ def _backward_any_rank(
     *base, scaling, p, needs_dx = rest
     weight = _weight_of(tuple(base))
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx, grad_a, grad_b = backward(dy_rows, x_rows, t, weight, factors, needs_dx)
-    return None if dx is None else with_shape(dx, *x.shape), grad_a, grad_b
+    return backward(dy, x, t, weight, factors, needs_dx)
 
 
 # A base in an operator's schema: NF4Tensors, or a dense weight without scales.
@@ -304,8 +314,7 @@ def _lora_linear_op(
 ) -> tuple[Tensor, Tensor]:
     *base, scaling, p = rest
     factors = LoRAFactors(lora_a, lora_b, seed, scaling, p)
-    y, t = forward(x.reshape(-1, x.shape[-1]), _weight_of(tuple(base)), bias, factors)
-    return with_shape(y, *x.shape[:-1], y.shape[-1]), t
+    return forward(x, _weight_of(tuple(base)), bias, factors)
 
 
 @_lora_linear_op.register_fake
@@ -324,7 +333,7 @@ def _(
 )
 def _lora_linear_backward_op(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """An operator has no optional outputs: dx is empty unless asked for."""
-    dx, grad_a, grad_b = _backward_any_rank(dy, x, *rest)
+    dx, grad_a, grad_b = _backward_of_arguments(dy, x, *rest)
     return x.new_empty(0) if dx is None else dx, grad_a, grad_b
 
 
@@ -342,13 +351,15 @@ def _(
 def _setup_context(
     ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
-    _save(ctx, inputs, output[1])
+    x, _, lora_a, lora_b, seed, *base, scaling, p = inputs
+    _save(ctx, x, output[1], LoRAFactors(lora_a, lora_b, seed, scaling, p), tuple(base))
 
 
 def _backward_through_dispatcher(
     ctx: Any, dy: Tensor, _grad_t: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, torch.ops.qlora_native.lora_linear_backward)
+    gradients = _gradients(ctx, dy, torch.ops.qlora_native.lora_linear_backward)
+    return *gradients, *(None,) * 10
 
 
 _lora_linear_op.register_autograd(_backward_through_dispatcher, setup_context=_setup_context)

@@ -54,6 +54,11 @@ def empty_nf4_tensors(
     return NF4Tensors(codes, empty(blocks), empty(nested_blocks, 4), empty(4), n, k, block_size)
 
 
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor as the core reads it: contiguous, no sign pending (z.conj().imag has one)."""
+    return tensor.contiguous().resolve_neg()
+
+
 def execution(tensor: Tensor) -> tuple[int, int]:
     """The last two arguments of every call of the core: CPU threads and CUDA stream."""
     if tensor.is_cuda:

@@ -470,3 +470,18 @@ def test_autocast_keeps_no_copy_of_a_dense_base():
     assert sorted(tuple(t.shape) for t in extra) == sorted([(40, K), (40, layer.r)])
     y.float().sum().backward()
     assert x.grad is not None
+
+
+@over_bases
+@pytest.mark.parametrize("m", BATCHES)
+def test_a_pending_sign_is_part_of_x_and_of_its_gradient(kind, m):
+    # As z.conj().imag has: contiguous, and its memory is the negative of what it means.
+    layer = lora_layer(make_base(kind))
+    x, dy = torch.randn(m, K), torch.randn(m, N)
+    expected = lora_results(layer, x, dy)
+    x, dy = torch._neg_view(-x), torch._neg_view(-dy)
+    actual = lora_results(layer, x, dy)
+    for name in expected:
+        assert same_bits(actual[name], expected[name])
+    base = layer.base
+    assert same_bits(base(x), base(x.clone()))

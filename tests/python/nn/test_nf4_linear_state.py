@@ -165,6 +165,41 @@ def test_a_cast_changes_the_bias_and_no_byte_of_the_weight(cast, double_quant):
     assert layer(x.half()).dtype == torch.float16  # whatever the bias is kept in
 
 
+REPLACEMENTS = {
+    "a parameter": lambda layer, name, t: setattr(layer, name, nn.Parameter(t, False)),
+    "the data of a parameter": lambda layer, name, t: setattr(getattr(layer, name), "data", t),
+    "the bytes": lambda layer, name, t: getattr(layer, name).copy_(t),
+    "a plain attribute": lambda layer, name, t: (delattr(layer, name), setattr(layer, name, t)),
+}
+
+
+@over_nesting
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS.keys())
+def test_what_replaces_a_stored_tensor_is_used_by_the_next_call(replace, double_quant):
+    layer = nf4_layer(24, 40, double_quant=double_quant)
+    other = nf4_layer(24, 40, double_quant=double_quant)
+    layer(x)
+    for name, parameter in other.named_parameters():
+        with torch.no_grad():
+            replace(layer, name, parameter.detach().clone())
+    assert same_bits(layer(x), other(x))
+
+
+def test_a_weight_whose_memory_was_freed_is_refused():
+    layer = nf4_layer(24, 40)
+    layer.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"a tensor of shape \[24, 20\] has no memory"):
+        layer(x)
+
+
+def test_data_of_another_size_is_refused():
+    layer = nf4_layer(24, 40)
+    layer(x)
+    layer.weight.data = layer.weight.data[:23]
+    with pytest.raises(ValueError, match=r"codes of shape \[23, 20\] has 460 elements, want 480"):
+        layer(x)
+
+
 def test_moving_to_meta_keeps_shapes_and_a_product_there_has_the_right_shape():
     layer = nf4_layer(24, 40)
     shapes = {name: p.shape for name, p in layer.named_parameters()}

@@ -244,6 +244,71 @@ def test_forward_mode_is_refused_and_not_dropped_in_silence(layer):
             layer(dual)
 
 
+def test_forward_mode_is_refused_without_gradients_too(layer):
+    x = torch.randn(3, K)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.randn(3, K))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            layer(dual)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_has_leaked_out_of_a_transform_is_what_it_wrapped(layer, mode):
+    leaked = []
+
+    def leak(x):
+        leaked.append(x)
+        return x.sum()
+
+    x = torch.randn(3, K)
+    torch.func.grad(leak)(x)
+    with mode():
+        assert same_bits(layer(leaked[0]), layer(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("shape", [(K,), (3, K), (2, 9, K)], ids=str)
+def test_without_gradients_the_bits_are_those_with_them(layer, mode, shape):
+    x = torch.randn(shape)
+    expected = layer(x.clone().requires_grad_())
+    with mode():
+        y = layer(x.requires_grad_())
+    assert not y.requires_grad
+    assert y.is_inference() == (mode is torch.inference_mode)
+    assert same_bits(y, expected)
+
+
+def test_without_anything_that_requires_a_gradient_nothing_is_recorded():
+    layer = lora_layer(nf4_layer(N, K)).requires_grad_(False)
+    x = torch.randn(3, K)
+    assert layer(x).grad_fn is None
+    assert layer.base(x).grad_fn is None
+    layer.base.bias.requires_grad_()
+    assert layer(x).grad_fn is not None
+    assert layer.base(x).grad_fn is not None
+
+
+def test_a_weight_that_was_changed_before_backward_is_noticed(layer):
+    y = layer(torch.randn(3, K, requires_grad=True))
+    with torch.no_grad():
+        next(p for name, p in layer.named_parameters() if name.endswith("weight")).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_saved_tensor_hooks_see_the_weight(layer):
+    seen = []
+
+    def pack(tensor):
+        seen.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(3, K, requires_grad=True))
+    weight = next(p for name, p in layer.named_parameters() if name.endswith("weight"))
+    assert any(tensor.data_ptr() == weight.data_ptr() for tensor in seen)
+
+
 def test_tracing_records_the_operator(layer):
     x = torch.randn(5, K)
     with pytest.warns(torch.jit.TracerWarning):
