@@ -14,7 +14,9 @@ function(qlora_add_cpu_set target name)
   target_link_libraries(qlora_cpu_${name} PRIVATE qlora_flags)
   # Optimised in debug builds too: intrinsics are slow calls otherwise, and inline functions that stay out of line could be
   # taken by the linker for code that must run without the set (tests/cpp/cpu/set_isolation.cmake looks).
-  target_compile_options(qlora_cpu_${name} PRIVATE ${QLORA_${upper}_FLAGS} $<$<CONFIG:Debug>:-O2>)
+  target_compile_options(qlora_cpu_${name} PRIVATE ${QLORA_${upper}_FLAGS} $<$<CONFIG:Debug>:-O2>
+    # Before GCC 13 its AVX-512 intrinsics that leave lanes undefined warn of that themselves (GCC bug 105593).
+    $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-maybe-uninitialized -Wno-uninitialized>)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:qlora_cpu_${name}>)
 endfunction()
 
@@ -29,9 +31,12 @@ function(qlora_add_cpu_sets target)
     return()
   endif()
   target_compile_definitions(${target} PRIVATE QLORA_X86_SETS)
+  target_sources(${target} PRIVATE csrc/cpu/simd/dynamic_map_tables.cpp)
   qlora_add_cpu_set(${target} avx2
+    csrc/cpu/avx2/adamw.cpp
     csrc/cpu/avx2/kernels.cpp)
   qlora_add_cpu_set(${target} avx512
+    csrc/cpu/avx512/adamw.cpp
     csrc/cpu/avx512/kernels.cpp)
   qlora_add_cpu_set(${target} avx512_bf16
     csrc/cpu/avx512_bf16/kernels.cpp)

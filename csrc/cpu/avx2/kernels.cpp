@@ -1,4 +1,4 @@
-#include "cpu/cpu_kernels.h"
+#include "cpu/avx2/kernels.h"
 
 namespace qlora {
 
@@ -6,6 +6,8 @@ const CpuKernels& avx2_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = scalar_kernels();
     set.name = "avx2";
+    set.adamw_step = avx2::adamw_step;
+    set.adamw8bit_step = avx2::adamw8bit_step;
     return set;
   }();
   return kernels;

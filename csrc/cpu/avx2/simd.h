@@ -25,6 +25,13 @@ struct Simd {
     QLORA_INLINE friend Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
   };
 
+  /// 8 words of 32 bits.
+  struct Ints {
+    __m256i v;
+
+    QLORA_INLINE friend Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  };
+
   QLORA_INLINE static Floats zero() { return {_mm256_setzero_ps()}; }
   QLORA_INLINE static Floats broadcast(float x) { return {_mm256_set1_ps(x)}; }
 
@@ -74,6 +81,72 @@ struct Simd {
     T all[lanes];
     store(all, a);
     std::memcpy(p, all, static_cast<std::size_t>(count) * sizeof(T));
+  }
+
+  // -- words of 32 bits
+
+  QLORA_INLINE static Ints broadcast_int(std::uint32_t x) {
+    return {_mm256_set1_epi32(static_cast<int>(x))};
+  }
+  QLORA_INLINE static Ints bits(Floats a) { return {_mm256_castps_si256(a.v)}; }
+  template <int count>
+  QLORA_INLINE static Ints shift_left(Ints a) {
+    return {_mm256_slli_epi32(a.v, count)};
+  }
+  /// Zeros come in.
+  template <int count>
+  QLORA_INLINE static Ints shift_right(Ints a) {
+    return {_mm256_srli_epi32(a.v, count)};
+  }
+  QLORA_INLINE static Ints rotate_left_by_one(Ints a) {
+    return {_mm256_or_si256(_mm256_add_epi32(a.v, a.v), _mm256_srli_epi32(a.v, 31))};
+  }
+  /// As signed numbers, as for maximum_lane.
+  QLORA_INLINE static Ints maximum(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  QLORA_INLINE static std::int32_t maximum_lane(Ints a) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0b01'00'11'10));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0b10'11'00'01));
+    return _mm_cvtsi128_si32(m);
+  }
+  /// Each half of each word on its own, unsigned; a difference below zero is zero.
+  QLORA_INLINE static Ints subtract_halves_to_zero(Ints a, Ints b) {
+    return {_mm256_subs_epu16(a.v, b.v)};
+  }
+  QLORA_INLINE static Ints minimum_of_halves(Ints a, Ints b) {
+    return {_mm256_min_epu16(a.v, b.v)};
+  }
+  /// Lane by lane `if_set` where the sign bit of `sign` is set, else `if_clear`.
+  QLORA_INLINE static Ints select_by_sign(Ints sign, Ints if_set, Ints if_clear) {
+    return {_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(if_clear.v),
+                                                 _mm256_castsi256_ps(if_set.v),
+                                                 _mm256_castsi256_ps(sign.v)))};
+  }
+  /// `a` where `x` is not zero (NaN is not), else 0.
+  QLORA_INLINE static Ints keep_where_not_zero(Floats x, Ints a) {
+    const __m256 is_not_zero = _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    return {_mm256_and_si256(_mm256_castps_si256(is_not_zero), a.v)};
+  }
+
+  /// table[index]
+  QLORA_INLINE static Floats look_up(const float* table, Ints index) {
+    return {_mm256_i32gather_ps(table, index.v, sizeof(float))};
+  }
+  QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
+    return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index.v,
+                                   sizeof(std::uint32_t))};
+  }
+
+  QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
+  /// Stores the four times 8 words, each at most 255, as bytes.
+  QLORA_INLINE static void store_bytes(std::uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
+    // Packing works within halves of a register: the result's words are to be transposed.
+    const __m256i packed =
+        _mm256_packus_epi16(_mm256_packus_epi32(a.v, b.v), _mm256_packus_epi32(c.v, d.v));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(packed, order));
   }
 
   // -- 16-bit types

@@ -1,4 +1,4 @@
-#include "cpu/cpu_kernels.h"
+#include "cpu/avx512/kernels.h"
 
 namespace qlora {
 
@@ -6,6 +6,8 @@ const CpuKernels& avx512_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = avx2_kernels();
     set.name = "avx512";
+    set.adamw_step = avx512::adamw_step;
+    set.adamw8bit_step = avx512::adamw8bit_step;
     return set;
   }();
   return kernels;

@@ -23,6 +23,13 @@ struct Simd {
     QLORA_INLINE friend Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
   };
 
+  /// 16 words of 32 bits.
+  struct Ints {
+    __m512i v;
+
+    QLORA_INLINE friend Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  };
+
   QLORA_INLINE static Floats zero() { return {_mm512_setzero_ps()}; }
   QLORA_INLINE static Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
 
@@ -68,6 +75,62 @@ struct Simd {
   }
   QLORA_INLINE static void store_partial(Float16* p, Floats a, std::int64_t count) {
     _mm256_mask_storeu_epi16(p, first(count), narrow_float16(a));
+  }
+
+  // -- words of 32 bits
+
+  QLORA_INLINE static Ints broadcast_int(std::uint32_t x) {
+    return {_mm512_set1_epi32(static_cast<int>(x))};
+  }
+  QLORA_INLINE static Ints bits(Floats a) { return {_mm512_castps_si512(a.v)}; }
+  template <int count>
+  QLORA_INLINE static Ints shift_left(Ints a) {
+    return {_mm512_slli_epi32(a.v, count)};
+  }
+  /// Zeros come in.
+  template <int count>
+  QLORA_INLINE static Ints shift_right(Ints a) {
+    return {_mm512_srli_epi32(a.v, count)};
+  }
+  QLORA_INLINE static Ints rotate_left_by_one(Ints a) { return {_mm512_rol_epi32(a.v, 1)}; }
+  /// As signed numbers, as for maximum_lane.
+  QLORA_INLINE static Ints maximum(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  QLORA_INLINE static std::int32_t maximum_lane(Ints a) { return _mm512_reduce_max_epi32(a.v); }
+  /// Each half of each word on its own, unsigned; a difference below zero is zero.
+  QLORA_INLINE static Ints subtract_halves_to_zero(Ints a, Ints b) {
+    return {_mm512_subs_epu16(a.v, b.v)};
+  }
+  QLORA_INLINE static Ints minimum_of_halves(Ints a, Ints b) {
+    return {_mm512_min_epu16(a.v, b.v)};
+  }
+  /// Lane by lane `if_set` where the sign bit of `sign` is set, else `if_clear`.
+  QLORA_INLINE static Ints select_by_sign(Ints sign, Ints if_set, Ints if_clear) {
+    return {_mm512_mask_mov_epi32(if_clear.v, _mm512_movepi32_mask(sign.v), if_set.v)};
+  }
+  /// `a` where `x` is not zero (NaN is not), else 0.
+  QLORA_INLINE static Ints keep_where_not_zero(Floats x, Ints a) {
+    const __mmask16 is_not_zero = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    return {_mm512_maskz_mov_epi32(is_not_zero, a.v)};
+  }
+
+  /// table[index]
+  QLORA_INLINE static Floats look_up(const float* table, Ints index) {
+    return {_mm512_i32gather_ps(index.v, table, sizeof(float))};
+  }
+  QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
+    return {_mm512_i32gather_epi32(index.v, table, sizeof(std::uint32_t))};
+  }
+
+  QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  /// Stores the four times 16 words, each at most 255, as bytes.
+  QLORA_INLINE static void store_bytes(std::uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
+    // Packing works within quarters of a register: the result's words are to be transposed.
+    const __m512i packed =
+        _mm512_packus_epi16(_mm512_packus_epi32(a.v, b.v), _mm512_packus_epi32(c.v, d.v));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
   }
 
   // -- 16-bit types

@@ -1,0 +1,14 @@
+// The kernels of AVX-512 F, BW, DQ and VL, one file for each group; the formulas are in
+// cpu/scalar/.
+#pragma once
+
+#include "cpu/cpu_kernels.h"
+
+namespace qlora::avx512 {
+
+void adamw_step(const AdamWTensor& tensor, const AdamWRule& rule, std::int64_t begin,
+                std::int64_t end);
+void adamw8bit_step(const AdamW8bitTensor& tensor, const AdamWRule& rule, std::int64_t begin,
+                    std::int64_t end);
+
+}  // namespace qlora::avx512
