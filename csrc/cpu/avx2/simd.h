@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "cpu/simd/inline.h"
 #include "format/float16.h"
@@ -40,6 +41,29 @@ struct Simd {
     return {_mm256_fmadd_ps(a.v, b.v, c.v)};
   }
   QLORA_INLINE static Floats sqrt(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
+
+  /// A number that many are divided by: positive and normal, with a normal reciprocal.
+  struct Divisor {
+    Floats value, reciprocal;
+
+    QLORA_INLINE explicit Divisor(float x) : value(broadcast(x)), reciprocal(broadcast(1.0f / x)) {}
+  };
+  /// a / divisor, to the bit, for a of 0, Inf, NaN or so large that neither the quotient nor 2^-48 a
+  /// is subnormal; off the divider, which square roots keep busy. The product with the reciprocal is
+  /// within 1.5 last places of the quotient, the first correction makes it one of the quotient's two
+  /// neighbours, from which the second rounds it correctly (Markstein 1990, given a correctly
+  /// rounded reciprocal). Inf would become NaN.
+  QLORA_INLINE static Floats divide(Floats a, const Divisor& divisor) {
+    const __m256 first = _mm256_mul_ps(a.v, divisor.reciprocal.v);
+    __m256 rest = _mm256_fnmadd_ps(first, divisor.value.v, a.v);
+    const __m256 second = _mm256_fmadd_ps(rest, divisor.reciprocal.v, first);
+    rest = _mm256_fnmadd_ps(second, divisor.value.v, a.v);
+    const __m256 third = _mm256_fmadd_ps(rest, divisor.reciprocal.v, second);
+    const __m256 is_infinite =
+        _mm256_cmp_ps(a.v, _mm256_set1_ps(std::numeric_limits<float>::infinity()), _CMP_EQ_OQ);
+    return {_mm256_blendv_ps(third, first, is_infinite)};
+  }
+
   QLORA_INLINE static float sum(Floats a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -89,6 +113,10 @@ struct Simd {
     return {_mm256_set1_epi32(static_cast<int>(x))};
   }
   QLORA_INLINE static Ints bits(Floats a) { return {_mm256_castps_si256(a.v)}; }
+  /// Of |a|.
+  QLORA_INLINE static Ints magnitude_bits(Floats a) {
+    return {_mm256_and_si256(bits(a).v, _mm256_set1_epi32(0x7fffffff))};
+  }
   template <int count>
   QLORA_INLINE static Ints shift_left(Ints a) {
     return {_mm256_slli_epi32(a.v, count)};
@@ -130,11 +158,12 @@ struct Simd {
 
   /// table[index]
   QLORA_INLINE static Floats look_up(const float* table, Ints index) {
-    return {_mm256_i32gather_ps(table, index.v, sizeof(float))};
+    return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, index.v,
+                                     _mm256_castsi256_ps(all_lanes()), sizeof(float))};
   }
   QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
-    return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index.v,
-                                   sizeof(std::uint32_t))};
+    return {_mm256_mask_i32gather_epi32(_mm256_setzero_si256(), reinterpret_cast<const int*>(table),
+                                        index.v, all_lanes(), sizeof(std::uint32_t))};
   }
 
   QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {
@@ -170,6 +199,13 @@ struct Simd {
   }
 
  private:
+  /// For gathers, hidden from the compiler: where it knows the mask to be full, GCC gathers into a
+  /// register as it is, and the gather waits for what was last computed there.
+  QLORA_INLINE static __m256i all_lanes() {
+    __m256i all = _mm256_set1_epi32(-1);
+    asm("" : "+x"(all));
+    return all;
+  }
   QLORA_INLINE static __m256i first(std::int64_t count) {
     const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), index);

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "cpu/simd/inline.h"
 #include "format/float16.h"
@@ -38,6 +39,28 @@ struct Simd {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
   }
   QLORA_INLINE static Floats sqrt(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
+
+  /// A number that many are divided by: positive and normal, with a normal reciprocal.
+  struct Divisor {
+    Floats value, reciprocal;
+
+    QLORA_INLINE explicit Divisor(float x) : value(broadcast(x)), reciprocal(broadcast(1.0f / x)) {}
+  };
+  /// a / divisor, to the bit, for a of 0, Inf, NaN or so large that neither the quotient nor 2^-48 a
+  /// is subnormal; off the divider, which square roots keep busy. The product with the reciprocal is
+  /// within 1.5 last places of the quotient, the first correction makes it one of the quotient's two
+  /// neighbours, from which the second rounds it correctly (Markstein 1990, given a correctly
+  /// rounded reciprocal). Inf would become NaN.
+  QLORA_INLINE static Floats divide(Floats a, const Divisor& divisor) {
+    const __mmask16 is_finite =
+        _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(std::numeric_limits<float>::infinity()), _CMP_LT_OQ);
+    __m512 quotient = _mm512_mul_ps(a.v, divisor.reciprocal.v);
+    __m512 rest = _mm512_fnmadd_ps(quotient, divisor.value.v, a.v);
+    quotient = _mm512_mask3_fmadd_ps(rest, divisor.reciprocal.v, quotient, is_finite);
+    rest = _mm512_fnmadd_ps(quotient, divisor.value.v, a.v);
+    return {_mm512_mask3_fmadd_ps(rest, divisor.reciprocal.v, quotient, is_finite)};
+  }
+
   QLORA_INLINE static float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 
   // -- memory. The `_partial` forms touch the first `count` elements, 0 to lanes, and read zeros
@@ -83,6 +106,10 @@ struct Simd {
     return {_mm512_set1_epi32(static_cast<int>(x))};
   }
   QLORA_INLINE static Ints bits(Floats a) { return {_mm512_castps_si512(a.v)}; }
+  /// Of |a|.
+  QLORA_INLINE static Ints magnitude_bits(Floats a) {
+    return {_mm512_and_si512(bits(a).v, _mm512_set1_epi32(0x7fffffff))};
+  }
   template <int count>
   QLORA_INLINE static Ints shift_left(Ints a) {
     return {_mm512_slli_epi32(a.v, count)};
@@ -115,10 +142,12 @@ struct Simd {
 
   /// table[index]
   QLORA_INLINE static Floats look_up(const float* table, Ints index) {
-    return {_mm512_i32gather_ps(index.v, table, sizeof(float))};
+    return {
+        _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all_lanes(), index.v, table, sizeof(float))};
   }
   QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
-    return {_mm512_i32gather_epi32(index.v, table, sizeof(std::uint32_t))};
+    return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), all_lanes(), index.v, table,
+                                        sizeof(std::uint32_t))};
   }
 
   QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {
@@ -154,6 +183,13 @@ struct Simd {
   }
 
  private:
+  /// For gathers, hidden from the compiler: where it knows the mask to be full, GCC gathers into a
+  /// register as it is, and the gather waits for what was last computed there.
+  QLORA_INLINE static __mmask16 all_lanes() {
+    __mmask16 all = 0xffff;
+    asm("" : "+Yk"(all));
+    return all;
+  }
   QLORA_INLINE static __mmask16 first(std::int64_t count) {
     return static_cast<__mmask16>((1u << count) - 1u);
   }

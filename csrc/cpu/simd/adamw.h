@@ -7,6 +7,11 @@
 
 namespace qlora::simd {
 
+// In elements. The hardware's prefetchers stop at every page, of which four streams meet many:
+// measured on 16.8 M fp32 parameters, two threads, 9.6 ms with 256 or 512, 10.3 with 1024 or 2048,
+// 11.1 without.
+inline constexpr std::int64_t prefetch_distance = 256;
+
 template <typename Simd>
 QLORA_INLINE void adamw_step(const AdamWTensor& tensor, const AdamWRule& rule, std::int64_t begin,
                              std::int64_t end) {
@@ -20,6 +25,10 @@ QLORA_INLINE void adamw_step(const AdamWTensor& tensor, const AdamWRule& rule, s
       const G* const grad = tensor.grad.as<const G>();
       std::int64_t i = begin;
       for (; i + Simd::lanes <= end; i += Simd::lanes) {
+        __builtin_prefetch(param + i + prefetch_distance, 1);
+        __builtin_prefetch(grad + i + prefetch_distance);
+        __builtin_prefetch(exp_avg + i + prefetch_distance, 1);
+        __builtin_prefetch(exp_avg_sq + i + prefetch_distance, 1);
         Floats p = Simd::load(param + i);
         Floats m = Simd::load(exp_avg + i);
         Floats v = Simd::load(exp_avg_sq + i);

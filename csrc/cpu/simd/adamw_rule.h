@@ -18,7 +18,7 @@ class AdamWVectorRule {
         beta2_(Simd::broadcast(rule.beta2)),
         one_minus_beta2_(Simd::broadcast(rule.one_minus_beta2)),
         step_size_(Simd::broadcast(rule.step_size)),
-        bias_correction2_sqrt_(Simd::broadcast(rule.bias_correction2_sqrt)),
+        bias_correction2_sqrt_(rule.bias_correction2_sqrt),
         eps_(Simd::broadcast(rule.eps)),
         grad_sign_(Simd::broadcast(rule.grad_sign)) {}
 
@@ -28,12 +28,13 @@ class AdamWVectorRule {
     param = param * decay_;
     exp_avg = exp_avg + one_minus_beta1_ * (grad - exp_avg);
     exp_avg_sq = exp_avg_sq * beta2_ + one_minus_beta2_ * grad * grad;
-    const Floats denominator = Simd::sqrt(exp_avg_sq) / bias_correction2_sqrt_ + eps_;
+    const Floats denominator = Simd::divide(Simd::sqrt(exp_avg_sq), bias_correction2_sqrt_) + eps_;
     param = param - step_size_ * (exp_avg / denominator);
   }
 
  private:
-  Floats decay_, one_minus_beta1_, beta2_, one_minus_beta2_, step_size_, bias_correction2_sqrt_;
+  Floats decay_, one_minus_beta1_, beta2_, one_minus_beta2_, step_size_;
+  typename Simd::Divisor bias_correction2_sqrt_;
   Floats eps_, grad_sign_;
 };
 
