@@ -34,9 +34,11 @@ function(qlora_add_cpu_sets target)
   target_sources(${target} PRIVATE csrc/cpu/simd/dynamic_map_tables.cpp)
   qlora_add_cpu_set(${target} avx2
     csrc/cpu/avx2/adamw.cpp
+    csrc/cpu/avx2/dropout.cpp
     csrc/cpu/avx2/kernels.cpp)
   qlora_add_cpu_set(${target} avx512
     csrc/cpu/avx512/adamw.cpp
+    csrc/cpu/avx512/dropout.cpp
     csrc/cpu/avx512/kernels.cpp)
   qlora_add_cpu_set(${target} avx512_bf16
     csrc/cpu/avx512_bf16/kernels.cpp)

@@ -6,6 +6,7 @@ const CpuKernels& avx2_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = scalar_kernels();
     set.name = "avx2";
+    set.dropout = avx2::dropout;
     set.adamw_step = avx2::adamw_step;
     set.adamw8bit_step = avx2::adamw8bit_step;
     return set;

@@ -6,6 +6,9 @@
 
 namespace qlora::avx2 {
 
+void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
+             std::int64_t begin, std::int64_t end);
+
 void adamw_step(const AdamWTensor& tensor, const AdamWRule& rule, std::int64_t begin,
                 std::int64_t end);
 void adamw8bit_step(const AdamW8bitTensor& tensor, const AdamWRule& rule, std::int64_t begin,

@@ -31,6 +31,7 @@ struct Simd {
     __m256i v;
 
     QLORA_INLINE friend Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+    QLORA_INLINE friend Ints operator^(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
   };
 
   QLORA_INLINE static Floats zero() { return {_mm256_setzero_ps()}; }
@@ -164,6 +165,43 @@ struct Simd {
   QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
     return {_mm256_mask_i32gather_epi32(_mm256_setzero_si256(), reinterpret_cast<const int*>(table),
                                         index.v, all_lanes(), sizeof(std::uint32_t))};
+  }
+
+  /// `x` where the unsigned `a` is at least `b`, else +0.
+  QLORA_INLINE static Floats keep_where_at_least(Ints a, Ints b, Floats x) {
+    const __m256i is_kept = _mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v);
+    return {_mm256_and_ps(_mm256_castsi256_ps(is_kept), x.v)};
+  }
+  QLORA_INLINE static Ints load_ints(const std::uint32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+
+  struct WideProduct {
+    Ints upper, lower;
+  };
+  /// a * factor in 64 bits, unsigned.
+  QLORA_INLINE static WideProduct multiply_wide(Ints a, std::uint32_t factor) {
+    const __m256i f = _mm256_set1_epi64x(factor);
+    const __m256i even = _mm256_mul_epu32(a.v, f);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), f);
+    return {{_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)},
+            {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)}};
+  }
+  /// p[4 i + j] = word i of argument j
+  QLORA_INLINE static void store_transposed(std::uint32_t* p, Ints a, Ints b, Ints c, Ints d) {
+    const __m256i ab_low = _mm256_unpacklo_epi32(a.v, b.v),
+                  ab_high = _mm256_unpackhi_epi32(a.v, b.v);
+    const __m256i cd_low = _mm256_unpacklo_epi32(c.v, d.v),
+                  cd_high = _mm256_unpackhi_epi32(c.v, d.v);
+    // Half h of register r holds the words 4 h + r.
+    const __m256i r[4] = {
+        _mm256_unpacklo_epi64(ab_low, cd_low), _mm256_unpackhi_epi64(ab_low, cd_low),
+        _mm256_unpacklo_epi64(ab_high, cd_high), _mm256_unpackhi_epi64(ab_high, cd_high)};
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4 * i), _mm256_castsi256_si128(r[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 + 4 * i),
+                       _mm256_extracti128_si256(r[i], 1));
+    }
   }
 
   QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {

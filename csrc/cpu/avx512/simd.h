@@ -29,6 +29,7 @@ struct Simd {
     __m512i v;
 
     QLORA_INLINE friend Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+    QLORA_INLINE friend Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
   };
 
   QLORA_INLINE static Floats zero() { return {_mm512_setzero_ps()}; }
@@ -148,6 +149,44 @@ struct Simd {
   QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
     return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), all_lanes(), index.v, table,
                                         sizeof(std::uint32_t))};
+  }
+
+  /// `x` where the unsigned `a` is at least `b`, else +0.
+  QLORA_INLINE static Floats keep_where_at_least(Ints a, Ints b, Floats x) {
+    return {_mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(a.v, b.v), x.v)};
+  }
+  QLORA_INLINE static Ints load_ints(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+
+  struct WideProduct {
+    Ints upper, lower;
+  };
+  /// a * factor in 64 bits, unsigned.
+  QLORA_INLINE static WideProduct multiply_wide(Ints a, std::uint32_t factor) {
+    const __m512i f = _mm512_set1_epi64(factor);
+    const __m512i even = _mm512_mul_epu32(a.v, f);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), f);
+    return {{_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd)},
+            {_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32))}};
+  }
+  /// p[4 i + j] = word i of argument j
+  QLORA_INLINE static void store_transposed(std::uint32_t* p, Ints a, Ints b, Ints c, Ints d) {
+    const __m512i ab_low = _mm512_unpacklo_epi32(a.v, b.v),
+                  ab_high = _mm512_unpackhi_epi32(a.v, b.v);
+    const __m512i cd_low = _mm512_unpacklo_epi32(c.v, d.v),
+                  cd_high = _mm512_unpackhi_epi32(c.v, d.v);
+    // Quarter q of register r holds the words 4 q + r.
+    const __m512i r[4] = {
+        _mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+        _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4 * i), _mm512_castsi512_si128(r[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 + 4 * i),
+                       _mm512_extracti32x4_epi32(r[i], 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 32 + 4 * i),
+                       _mm512_extracti32x4_epi32(r[i], 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 48 + 4 * i),
+                       _mm512_extracti32x4_epi32(r[i], 3));
+    }
   }
 
   QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {
