@@ -231,7 +231,7 @@ class BlockStepper {
 
   QLORA_INLINE explicit BlockStepper(const AdamWRule& rule) : rule_(rule) {}
 
-  /// A whole block. Its codes and its two scales are written by the next call.
+  /// A whole block. Its codes are written by the next call, its two scales by this one.
   QLORA_INLINE void step(const Block& block, float& absmax, float& absmax_sq) {
     Moments& moments = moments_[is_odd_];
     BlockUpdate<Simd, P, G> update(rule_, block, absmax, absmax_sq, moments);
