@@ -31,10 +31,15 @@ function(qlora_add_cpu_sets target)
     return()
   endif()
   target_compile_definitions(${target} PRIVATE QLORA_X86_SETS)
+  target_sources(${target} PRIVATE csrc/cpu/simd/dynamic_map_tables.cpp)
   qlora_add_cpu_set(${target} avx2
+    csrc/cpu/avx2/adamw.cpp
+    csrc/cpu/avx2/dropout.cpp
     csrc/cpu/avx2/kernels.cpp
     csrc/cpu/avx2/nf4_codec.cpp)
   qlora_add_cpu_set(${target} avx512
+    csrc/cpu/avx512/adamw.cpp
+    csrc/cpu/avx512/dropout.cpp
     csrc/cpu/avx512/kernels.cpp
     csrc/cpu/avx512/nf4_codec.cpp
     csrc/cpu/avx512/nf4_linear.cpp)

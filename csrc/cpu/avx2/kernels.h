@@ -13,4 +13,12 @@ void nf4_quantize_scales(const float* absmax, float offset, const NF4Bytes& out,
 void nf4_dequantize(const NF4Bytes& weight, const TensorView& out, std::int64_t begin,
                     std::int64_t end);
 
+void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
+             std::int64_t begin, std::int64_t end);
+
+void adamw_step(const AdamWTensor& tensor, const AdamWRule& rule, std::int64_t begin,
+                std::int64_t end);
+void adamw8bit_step(const AdamW8bitTensor& tensor, const AdamWRule& rule, std::int64_t begin,
+                    std::int64_t end);
+
 }  // namespace qlora::avx2

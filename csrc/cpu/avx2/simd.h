@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "cpu/simd/inline.h"
 #include "format/float16.h"
@@ -25,6 +26,14 @@ struct Simd {
     QLORA_INLINE friend Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
   };
 
+  /// 8 words of 32 bits.
+  struct Ints {
+    __m256i v;
+
+    QLORA_INLINE friend Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+    QLORA_INLINE friend Ints operator^(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  };
+
   QLORA_INLINE static Floats zero() { return {_mm256_setzero_ps()}; }
   QLORA_INLINE static Floats broadcast(float x) { return {_mm256_set1_ps(x)}; }
 
@@ -33,6 +42,29 @@ struct Simd {
     return {_mm256_fmadd_ps(a.v, b.v, c.v)};
   }
   QLORA_INLINE static Floats sqrt(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
+
+  /// A number that many are divided by: positive and normal, with a normal reciprocal.
+  struct Divisor {
+    Floats value, reciprocal;
+
+    QLORA_INLINE explicit Divisor(float x) : value(broadcast(x)), reciprocal(broadcast(1.0f / x)) {}
+  };
+  /// a / divisor, to the bit, for a of 0, Inf, NaN or so large that neither the quotient nor 2^-48 a
+  /// is subnormal; off the divider, which square roots keep busy. The product with the reciprocal is
+  /// within 1.5 last places of the quotient, the first correction makes it one of the quotient's two
+  /// neighbours, from which the second rounds it correctly (Markstein 1990, given a correctly
+  /// rounded reciprocal). Inf would become NaN.
+  QLORA_INLINE static Floats divide(Floats a, const Divisor& divisor) {
+    const __m256 first = _mm256_mul_ps(a.v, divisor.reciprocal.v);
+    __m256 rest = _mm256_fnmadd_ps(first, divisor.value.v, a.v);
+    const __m256 second = _mm256_fmadd_ps(rest, divisor.reciprocal.v, first);
+    rest = _mm256_fnmadd_ps(second, divisor.value.v, a.v);
+    const __m256 third = _mm256_fmadd_ps(rest, divisor.reciprocal.v, second);
+    const __m256 is_infinite =
+        _mm256_cmp_ps(a.v, _mm256_set1_ps(std::numeric_limits<float>::infinity()), _CMP_EQ_OQ);
+    return {_mm256_blendv_ps(third, first, is_infinite)};
+  }
+
   QLORA_INLINE static float sum(Floats a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -76,6 +108,114 @@ struct Simd {
     std::memcpy(p, all, static_cast<std::size_t>(count) * sizeof(T));
   }
 
+  // -- words of 32 bits
+
+  QLORA_INLINE static Ints broadcast_int(std::uint32_t x) {
+    return {_mm256_set1_epi32(static_cast<int>(x))};
+  }
+  QLORA_INLINE static Ints bits(Floats a) { return {_mm256_castps_si256(a.v)}; }
+  /// Of |a|.
+  QLORA_INLINE static Ints magnitude_bits(Floats a) {
+    return {_mm256_and_si256(bits(a).v, _mm256_set1_epi32(0x7fffffff))};
+  }
+  template <int count>
+  QLORA_INLINE static Ints shift_left(Ints a) {
+    return {_mm256_slli_epi32(a.v, count)};
+  }
+  /// Zeros come in.
+  template <int count>
+  QLORA_INLINE static Ints shift_right(Ints a) {
+    return {_mm256_srli_epi32(a.v, count)};
+  }
+  QLORA_INLINE static Ints rotate_left_by_one(Ints a) {
+    return {_mm256_or_si256(_mm256_add_epi32(a.v, a.v), _mm256_srli_epi32(a.v, 31))};
+  }
+  /// As signed numbers, as for maximum_lane.
+  QLORA_INLINE static Ints maximum(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  QLORA_INLINE static std::int32_t maximum_lane(Ints a) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0b01'00'11'10));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0b10'11'00'01));
+    return _mm_cvtsi128_si32(m);
+  }
+  /// Each half of each word on its own, unsigned; a difference below zero is zero.
+  QLORA_INLINE static Ints subtract_halves_to_zero(Ints a, Ints b) {
+    return {_mm256_subs_epu16(a.v, b.v)};
+  }
+  QLORA_INLINE static Ints minimum_of_halves(Ints a, Ints b) {
+    return {_mm256_min_epu16(a.v, b.v)};
+  }
+  /// Lane by lane `if_set` where the sign bit of `sign` is set, else `if_clear`.
+  QLORA_INLINE static Ints select_by_sign(Ints sign, Ints if_set, Ints if_clear) {
+    return {_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(if_clear.v),
+                                                 _mm256_castsi256_ps(if_set.v),
+                                                 _mm256_castsi256_ps(sign.v)))};
+  }
+  /// `a` where `x` is not zero (NaN is not), else 0.
+  QLORA_INLINE static Ints keep_where_not_zero(Floats x, Ints a) {
+    const __m256 is_not_zero = _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    return {_mm256_and_si256(_mm256_castps_si256(is_not_zero), a.v)};
+  }
+
+  /// table[index]
+  QLORA_INLINE static Floats look_up(const float* table, Ints index) {
+    return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, index.v,
+                                     _mm256_castsi256_ps(all_lanes()), sizeof(float))};
+  }
+  QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
+    return {_mm256_mask_i32gather_epi32(_mm256_setzero_si256(), reinterpret_cast<const int*>(table),
+                                        index.v, all_lanes(), sizeof(std::uint32_t))};
+  }
+
+  /// `x` where the unsigned `a` is at least `b`, else +0.
+  QLORA_INLINE static Floats keep_where_at_least(Ints a, Ints b, Floats x) {
+    const __m256i is_kept = _mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v);
+    return {_mm256_and_ps(_mm256_castsi256_ps(is_kept), x.v)};
+  }
+  QLORA_INLINE static Ints load_ints(const std::uint32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+
+  struct WideProduct {
+    Ints upper, lower;
+  };
+  /// a * factor in 64 bits, unsigned.
+  QLORA_INLINE static WideProduct multiply_wide(Ints a, std::uint32_t factor) {
+    const __m256i f = _mm256_set1_epi64x(factor);
+    const __m256i even = _mm256_mul_epu32(a.v, f);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), f);
+    return {{_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)},
+            {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)}};
+  }
+  /// p[4 i + j] = word i of argument j
+  QLORA_INLINE static void store_transposed(std::uint32_t* p, Ints a, Ints b, Ints c, Ints d) {
+    const __m256i ab_low = _mm256_unpacklo_epi32(a.v, b.v),
+                  ab_high = _mm256_unpackhi_epi32(a.v, b.v);
+    const __m256i cd_low = _mm256_unpacklo_epi32(c.v, d.v),
+                  cd_high = _mm256_unpackhi_epi32(c.v, d.v);
+    // Half h of register r holds the words 4 h + r.
+    const __m256i r[4] = {
+        _mm256_unpacklo_epi64(ab_low, cd_low), _mm256_unpackhi_epi64(ab_low, cd_low),
+        _mm256_unpacklo_epi64(ab_high, cd_high), _mm256_unpackhi_epi64(ab_high, cd_high)};
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4 * i), _mm256_castsi256_si128(r[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 + 4 * i),
+                       _mm256_extracti128_si256(r[i], 1));
+    }
+  }
+
+  QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
+  /// Stores the four times 8 words, each at most 255, as bytes.
+  QLORA_INLINE static void store_bytes(std::uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
+    // Packing works within halves of a register: the result's words are to be transposed.
+    const __m256i packed =
+        _mm256_packus_epi16(_mm256_packus_epi32(a.v, b.v), _mm256_packus_epi32(c.v, d.v));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(packed, order));
+  }
+
   // -- 16-bit types
 
   QLORA_INLINE static Floats widen_bfloat16(__m128i bits) {
@@ -101,6 +241,13 @@ struct Simd {
   }
 
  private:
+  /// For gathers, hidden from the compiler: where it knows the mask to be full, GCC gathers into a
+  /// register as it is, and the gather waits for what was last computed there.
+  QLORA_INLINE static __m256i all_lanes() {
+    __m256i all = _mm256_set1_epi32(-1);
+    asm("" : "+x"(all));
+    return all;
+  }
   QLORA_INLINE static __m256i first(std::int64_t count) {
     const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), index);

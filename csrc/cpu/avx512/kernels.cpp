@@ -11,6 +11,9 @@ const CpuKernels& avx512_kernels() {
     set.nf4_dequantize = avx512::nf4_dequantize;
     set.nf4_linear = avx512::nf4_linear;
     set.nf4_linear_grad_input = avx512::nf4_linear_grad_input;
+    set.dropout = avx512::dropout;
+    set.adamw_step = avx512::adamw_step;
+    set.adamw8bit_step = avx512::adamw8bit_step;
     return set;
   }();
   return kernels;

@@ -18,4 +18,12 @@ void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& b
 void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
                            int num_threads);
 
+void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
+             std::int64_t begin, std::int64_t end);
+
+void adamw_step(const AdamWTensor& tensor, const AdamWRule& rule, std::int64_t begin,
+                std::int64_t end);
+void adamw8bit_step(const AdamW8bitTensor& tensor, const AdamWRule& rule, std::int64_t begin,
+                    std::int64_t end);
+
 }  // namespace qlora::avx512

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "cpu/simd/inline.h"
 #include "format/float16.h"
@@ -23,6 +24,14 @@ struct Simd {
     QLORA_INLINE friend Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
   };
 
+  /// 16 words of 32 bits.
+  struct Ints {
+    __m512i v;
+
+    QLORA_INLINE friend Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+    QLORA_INLINE friend Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  };
+
   QLORA_INLINE static Floats zero() { return {_mm512_setzero_ps()}; }
   QLORA_INLINE static Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
 
@@ -31,6 +40,28 @@ struct Simd {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
   }
   QLORA_INLINE static Floats sqrt(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
+
+  /// A number that many are divided by: positive and normal, with a normal reciprocal.
+  struct Divisor {
+    Floats value, reciprocal;
+
+    QLORA_INLINE explicit Divisor(float x) : value(broadcast(x)), reciprocal(broadcast(1.0f / x)) {}
+  };
+  /// a / divisor, to the bit, for a of 0, Inf, NaN or so large that neither the quotient nor 2^-48 a
+  /// is subnormal; off the divider, which square roots keep busy. The product with the reciprocal is
+  /// within 1.5 last places of the quotient, the first correction makes it one of the quotient's two
+  /// neighbours, from which the second rounds it correctly (Markstein 1990, given a correctly
+  /// rounded reciprocal). Inf would become NaN.
+  QLORA_INLINE static Floats divide(Floats a, const Divisor& divisor) {
+    const __mmask16 is_finite =
+        _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(std::numeric_limits<float>::infinity()), _CMP_LT_OQ);
+    __m512 quotient = _mm512_mul_ps(a.v, divisor.reciprocal.v);
+    __m512 rest = _mm512_fnmadd_ps(quotient, divisor.value.v, a.v);
+    quotient = _mm512_mask3_fmadd_ps(rest, divisor.reciprocal.v, quotient, is_finite);
+    rest = _mm512_fnmadd_ps(quotient, divisor.value.v, a.v);
+    return {_mm512_mask3_fmadd_ps(rest, divisor.reciprocal.v, quotient, is_finite)};
+  }
+
   QLORA_INLINE static float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 
   // -- memory. The `_partial` forms touch the first `count` elements, 0 to lanes, and read zeros
@@ -70,6 +101,106 @@ struct Simd {
     _mm256_mask_storeu_epi16(p, first(count), narrow_float16(a));
   }
 
+  // -- words of 32 bits
+
+  QLORA_INLINE static Ints broadcast_int(std::uint32_t x) {
+    return {_mm512_set1_epi32(static_cast<int>(x))};
+  }
+  QLORA_INLINE static Ints bits(Floats a) { return {_mm512_castps_si512(a.v)}; }
+  /// Of |a|.
+  QLORA_INLINE static Ints magnitude_bits(Floats a) {
+    return {_mm512_and_si512(bits(a).v, _mm512_set1_epi32(0x7fffffff))};
+  }
+  template <int count>
+  QLORA_INLINE static Ints shift_left(Ints a) {
+    return {_mm512_slli_epi32(a.v, count)};
+  }
+  /// Zeros come in.
+  template <int count>
+  QLORA_INLINE static Ints shift_right(Ints a) {
+    return {_mm512_srli_epi32(a.v, count)};
+  }
+  QLORA_INLINE static Ints rotate_left_by_one(Ints a) { return {_mm512_rol_epi32(a.v, 1)}; }
+  /// As signed numbers, as for maximum_lane.
+  QLORA_INLINE static Ints maximum(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  QLORA_INLINE static std::int32_t maximum_lane(Ints a) { return _mm512_reduce_max_epi32(a.v); }
+  /// Each half of each word on its own, unsigned; a difference below zero is zero.
+  QLORA_INLINE static Ints subtract_halves_to_zero(Ints a, Ints b) {
+    return {_mm512_subs_epu16(a.v, b.v)};
+  }
+  QLORA_INLINE static Ints minimum_of_halves(Ints a, Ints b) {
+    return {_mm512_min_epu16(a.v, b.v)};
+  }
+  /// Lane by lane `if_set` where the sign bit of `sign` is set, else `if_clear`.
+  QLORA_INLINE static Ints select_by_sign(Ints sign, Ints if_set, Ints if_clear) {
+    return {_mm512_mask_mov_epi32(if_clear.v, _mm512_movepi32_mask(sign.v), if_set.v)};
+  }
+  /// `a` where `x` is not zero (NaN is not), else 0.
+  QLORA_INLINE static Ints keep_where_not_zero(Floats x, Ints a) {
+    const __mmask16 is_not_zero = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    return {_mm512_maskz_mov_epi32(is_not_zero, a.v)};
+  }
+
+  /// table[index]
+  QLORA_INLINE static Floats look_up(const float* table, Ints index) {
+    return {
+        _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all_lanes(), index.v, table, sizeof(float))};
+  }
+  QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
+    return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), all_lanes(), index.v, table,
+                                        sizeof(std::uint32_t))};
+  }
+
+  /// `x` where the unsigned `a` is at least `b`, else +0.
+  QLORA_INLINE static Floats keep_where_at_least(Ints a, Ints b, Floats x) {
+    return {_mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(a.v, b.v), x.v)};
+  }
+  QLORA_INLINE static Ints load_ints(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+
+  struct WideProduct {
+    Ints upper, lower;
+  };
+  /// a * factor in 64 bits, unsigned.
+  QLORA_INLINE static WideProduct multiply_wide(Ints a, std::uint32_t factor) {
+    const __m512i f = _mm512_set1_epi64(factor);
+    const __m512i even = _mm512_mul_epu32(a.v, f);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), f);
+    return {{_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd)},
+            {_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32))}};
+  }
+  /// p[4 i + j] = word i of argument j
+  QLORA_INLINE static void store_transposed(std::uint32_t* p, Ints a, Ints b, Ints c, Ints d) {
+    const __m512i ab_low = _mm512_unpacklo_epi32(a.v, b.v),
+                  ab_high = _mm512_unpackhi_epi32(a.v, b.v);
+    const __m512i cd_low = _mm512_unpacklo_epi32(c.v, d.v),
+                  cd_high = _mm512_unpackhi_epi32(c.v, d.v);
+    // Quarter q of register r holds the words 4 q + r.
+    const __m512i r[4] = {
+        _mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+        _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4 * i), _mm512_castsi512_si128(r[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 + 4 * i),
+                       _mm512_extracti32x4_epi32(r[i], 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 32 + 4 * i),
+                       _mm512_extracti32x4_epi32(r[i], 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 48 + 4 * i),
+                       _mm512_extracti32x4_epi32(r[i], 3));
+    }
+  }
+
+  QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  /// Stores the four times 16 words, each at most 255, as bytes.
+  QLORA_INLINE static void store_bytes(std::uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
+    // Packing works within quarters of a register: the result's words are to be transposed.
+    const __m512i packed =
+        _mm512_packus_epi16(_mm512_packus_epi32(a.v, b.v), _mm512_packus_epi32(c.v, d.v));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
+  }
+
   // -- 16-bit types
 
   QLORA_INLINE static Floats widen_bfloat16(__m256i bits) {
@@ -97,6 +228,13 @@ struct Simd {
   }
 
  private:
+  /// For gathers, hidden from the compiler: where it knows the mask to be full, GCC gathers into a
+  /// register as it is, and the gather waits for what was last computed there.
+  QLORA_INLINE static __mmask16 all_lanes() {
+    __mmask16 all = 0xffff;
+    asm("" : "+Yk"(all));
+    return all;
+  }
   QLORA_INLINE static __mmask16 first(std::int64_t count) {
     return static_cast<__mmask16>((1u << count) - 1u);
   }

@@ -234,12 +234,12 @@ class PagedAdamW(torch.optim.Optimizer):
             num_threads=num_threads,
             stream=stream,
         )
-        for param, stepped, state in zip(local, dense, states, strict=True):
+        for param, stepped in zip(local, dense, strict=True):
             if stepped is not param:
                 param.copy_(stepped)
             else:
                 increment_version(param)  # so that autograd sees the write, as of any in-place one
-            state["step"] += 1
+        torch._foreach_add_([state["step"] for state in states], 1)
 
     def _init_state(self, param: Tensor, state: dict[str, Any], is_8bit: bool) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")

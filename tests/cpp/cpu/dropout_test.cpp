@@ -2,6 +2,7 @@
 
 #include "core/operations.h"
 #include "core/philox.h"
+#include "cpu/instruction_sets.h"
 #include "support/host_tensor.h"
 
 namespace qlora {
@@ -104,6 +105,20 @@ TEST_P(CpuDropout, TheOutputMayBeTheInput) {
   const HostTensor want = apply(x, 0.25, 11);
   dropout(x.view(), 0.25, seed_view(11), x.view(), {});
   EXPECT_EQ(x.bytes(), want.bytes());
+}
+
+TEST_P(CpuDropout, TheBitsAreTheScalarOnesFromAnyCounter) {
+  HostTensor x = HostTensor::random(dtype, {8192 + 7}, generator);
+  x.set(5, -0.0);
+  for (const double p : {0.0, 1e-9, 0.5, 0.999999}) {
+    for (const std::int64_t begin : {0, 4, 1000}) {  // begins anywhere, as threads do
+      HostTensor ours(dtype, {x.numel()}, x.values());
+      HostTensor wanted = ours;
+      kernels().dropout(x.view(), p, -7, ours.view(), begin, x.numel());
+      scalar_kernels().dropout(x.view(), p, -7, wanted.view(), begin, x.numel());
+      ASSERT_EQ(ours.bytes(), wanted.bytes()) << "p = " << p << ", from " << begin;
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Dtypes, CpuDropout, float_dtypes, test_name_of);
