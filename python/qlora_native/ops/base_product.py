@@ -1,7 +1,7 @@
 """Products with a frozen base weight, NF4 or dense, without autograd.
 
-The CPU core's own kernels win while the batch is small; above, dequantising into a workspace and
-calling torch's GEMM does.
+By the core's own kernels, or by torch's GEMM on the weight dequantised into a workspace:
+kernel_choice.py says when.
 """
 
 import threading
@@ -13,24 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_native import _core
+from qlora_native.ops.kernel_choice import prefers_native
 from qlora_native.ops.storage import NF4Tensors, execution, in_memory
-
-# Tokens up to which the scalar kernels beat dequantise + torch.mm on a CPU. Forward at 4096 × 4096,
-# bf16, two idle cores: ours 7.7, 10.1, 11.7, 19.7 ms at m = 1, 4, 6, 16; the workspace 11 ms
-# at each. In fp32, where torch's GEMM is slower, the two meet at m = 8.
-NATIVE_MAX_TOKENS = 4
 
 BaseWeight: TypeAlias = NF4Tensors | Tensor
 
 
-def prefers_native(x: Tensor) -> bool:
-    """Whether the core's kernels, not the workspace, take a batch x[..., k]."""
-    return x.is_cpu and x.numel() <= NATIVE_MAX_TOKENS * x.shape[-1]
-
-
 def base_forward(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
     """y[..., n] = x[..., k] · Wᵀ + bias, no view."""
-    if isinstance(weight, NF4Tensors) and prefers_native(x):
+    if isinstance(weight, NF4Tensors) and prefers_native(x, weight):
         y = x.new_empty(*x.shape[:-1], weight.n)
         bias = None if bias is None else in_memory(bias)
         _core.nf4_linear(in_memory(x), weight, bias, y, *execution(x))
@@ -42,7 +33,7 @@ def base_forward(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
 
 def base_grad_input(dy: Tensor, weight: BaseWeight) -> Tensor:
     """dx[..., k] = dy[..., n] · W, no view."""
-    if isinstance(weight, NF4Tensors) and prefers_native(dy):
+    if isinstance(weight, NF4Tensors) and prefers_native(dy, weight):
         dx = dy.new_empty(*dy.shape[:-1], weight.k)
         _core.nf4_linear_grad_input(in_memory(dy), weight, dx, *execution(dy))
         return dx

@@ -12,10 +12,10 @@ from qlora_native.ops.base_product import (
     autocast_disabled,
     base_forward,
     base_grad_input,
-    prefers_native,
     rows_of,
 )
 from qlora_native.ops.doors import direct_apply, needs_autograd, needs_dispatcher
+from qlora_native.ops.kernel_choice import lora_prefers_native
 from qlora_native.ops.linear import (
     check_bias,
     check_input,
@@ -139,7 +139,7 @@ def forward(
     y = base_forward(x, weight, bias)
     lora_a, lora_b, _, scaling, _ = factors
     dropped = _dropped(x, factors)
-    if prefers_native(x):
+    if lora_prefers_native(x):
         t = x.new_empty(x.numel() // x.shape[-1], lora_a.shape[0])
         _core.lora_forward(
             dropped, in_memory(lora_a), in_memory(lora_b), scaling, t, y, *execution(x)
@@ -161,7 +161,7 @@ def backward(
     dropped = _dropped(x, factors)
     # Dropout stands between x and A, so A's part of dx passes the mask before it is added.
     dx_lora = dx if seed is None or dx is None else torch.zeros_like(dx)
-    if prefers_native(x):
+    if lora_prefers_native(x):
         a, b = in_memory(lora_a), in_memory(lora_b)
         grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
         _core.lora_backward(dy, dropped, t, a, b, scaling, grad_a, grad_b, dx_lora, *execution(x))

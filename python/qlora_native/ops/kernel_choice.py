@@ -1,0 +1,63 @@
+"""Which kernel takes a product on a CPU: the core's own, or torch's GEMM on a workspace.
+
+The choice is data: the most tokens of a call that the core's kernels take, by instruction set and
+dtype, with the measurements that led to it.
+"""
+
+import torch
+from torch import Tensor
+
+from qlora_native import _core
+from qlora_native.ops.storage import NF4Tensors
+
+_ALWAYS = 1 << 62
+
+# Forward + gradient of a 4096 x 4096 NF4 weight, two threads, milliseconds, in one run each: ours,
+# then dequantise + torch's GEMM limited to the same instructions, on a Xeon with AMX:
+#
+#   amx, bf16          m = 16  1.1 + 1.2 / 2.9 + 3.7    256   3.8 + 4.3 / 6.8 + 7.1
+#                        1024  15.6 + 17.7 / 19.2 + 19.0  2048  31.2 + 36.6 / 35.8 + 35.2
+#   avx512_bf16, bf16  m = 16  3.3 + 3.7 / 5.5 + 7.0    256   42.6 + 44.1 / 44.8 + 47.0
+#                        1024  167 + 173 / 170 + 176
+#   avx512, bf16       m = 64  8.0 + 8.9 / 36.8 + 38.2  512   56.5 + 62.4 / 254 + 253
+#   avx512, fp32       m = 64  7.7 + 8.7 / 13.2 + 12.1  512   56.4 + 60.5 / 58.5 + 56.9
+#                        1024  112 + 120 / 107 + 106
+#   amx, fp16          m = 64  7.8 + 8.6 / 9.8 + 10.7   256   27.8 + 30.5 / 28.5 + 29.6
+#                        1024  113 + 121 / 109 + 113     (the kernels are those of avx512, in fp32)
+#   scalar, bf16       m = 4   20 / 22                    6   23 / 22
+_MAX_TOKENS: dict[str, dict[torch.dtype, int]] = {
+    "scalar": {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8},
+    "avx2": {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8},
+    "avx512": {torch.bfloat16: _ALWAYS, torch.float16: 256, torch.float32: 512},
+    "avx512_bf16": {torch.bfloat16: _ALWAYS, torch.float16: 256, torch.float32: 512},
+    "amx": {torch.bfloat16: _ALWAYS, torch.float16: 256, torch.float32: 512},
+}
+
+_MAX_LORA_TOKENS = {
+    "scalar": 4,
+    "avx2": _ALWAYS,
+    "avx512": _ALWAYS,
+    "avx512_bf16": _ALWAYS,
+    "amx": _ALWAYS,
+}
+
+# The SIMD kernels want rows of whole halves of their chunks of 128, each in one quantisation block;
+# the core hands other weights to its scalar kernels.
+_SIMD_RUN = 64
+
+
+_CPU_SET = _core.build_info()["cpu_set"]
+
+
+def prefers_native(x: Tensor, weight: NF4Tensors) -> bool:
+    """Whether the core's kernels take a product of `weight` with x[..., k] or dy[..., n]."""
+    if not x.is_cpu:
+        return False
+    has_simd_rows = weight.k % _SIMD_RUN == 0 and weight.block_size >= _SIMD_RUN
+    limits = _MAX_TOKENS[_CPU_SET if has_simd_rows else "scalar"]
+    return x.numel() <= limits[x.dtype] * x.shape[-1]
+
+
+def lora_prefers_native(x: Tensor) -> bool:
+    """Whether the core's kernels take the LoRA products of a batch x[..., k]."""
+    return x.is_cpu and x.numel() <= _MAX_LORA_TOKENS[_CPU_SET] * x.shape[-1]
