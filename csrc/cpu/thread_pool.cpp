@@ -155,7 +155,8 @@ void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, Range
       std::max<std::int64_t>(1, grain_count / (threads * pieces_per_thread));
   Job job(count, piece_grains * grain, body);
   ThreadPool& own_pool = pool();
-  // GNU's OpenMP does not work in a forked child of a process that has used it.
+  // GNU's OpenMP hangs in a forked child of a process that has used it, as torch's own operations do
+  // there unless torch.set_num_threads(1) came first.
   const OpenMPParallel openmp = is_forked_child ? nullptr : openmp_parallel();
   if (openmp != nullptr) {
     openmp(work_as_openmp_thread, &job, static_cast<unsigned>(threads), 0);

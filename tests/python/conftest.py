@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import qlora_native
+from qlora_native.ops import kernel_choice
+from support import FLOAT_DTYPES, SWITCH
 
 # One: on shared cores the threads of torch's own operations wait for each other far longer than
 # these small tensors take. Tests of threads set their number themselves.
@@ -26,6 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _kernel_choice_of_tests(request, monkeypatch):
+    """Every CPU's core kernels take up to SWITCH tokens, whatever is fastest there."""
+    if request.node.get_closest_marker("real_kernel_choice"):
+        return
+    tables = (kernel_choice._MAX_TOKENS, kernel_choice._MAX_LORA_TOKENS)
+    limits = dict.fromkeys(FLOAT_DTYPES, SWITCH)
+    monkeypatch.setattr(kernel_choice, "_MAX_TOKENS", dict.fromkeys(tables[0], limits))
+    monkeypatch.setattr(kernel_choice, "_MAX_LORA_TOKENS", dict.fromkeys(tables[1], SWITCH))
 
 
 @pytest.fixture(autouse=True)

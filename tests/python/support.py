@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_native import LoRALinear, NF4Linear
-from qlora_native.ops.base_product import NATIVE_MAX_TOKENS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -138,10 +137,43 @@ def assert_near(actual: Tensor, expected: Tensor, relative: float = 1e-4) -> Non
     torch.testing.assert_close(actual, expected, rtol=relative, atol=relative * largest)
 
 
+def check_against_dense(layer: NF4Linear, x: torch.Tensor, dtype: torch.dtype) -> None:
+    """Forward and both gradients, with the tolerance of sums in fp32 and one rounding."""
+    x = x.detach().requires_grad_()
+    bias = layer.bias
+    if bias is not None:
+        bias.requires_grad_().grad = None
+    y = layer(x)
+    assert y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], layer.out_features)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+
+    w = Approximate(layer.dequantize(dtype))
+    x_2d = Approximate(x.to(dtype).reshape(-1, layer.in_features))
+    dy_2d = Approximate(dy.to(dtype).reshape(-1, layer.out_features))
+    expected = x_2d @ w.t()
+    if bias is not None:
+        expected = expected + Approximate(bias.to(dtype))
+    expected = expected.rounded_to(dtype).rounded_to(y.dtype)
+    assert_within(y.reshape(-1, layer.out_features), expected)
+    expected_dx = (dy_2d @ w).rounded_to(dtype).rounded_to(x.dtype)
+    assert x.grad.dtype == x.dtype
+    assert_within(x.grad.reshape(-1, layer.in_features), expected_dx)
+    if bias is not None:
+        ones = Approximate(torch.ones(1, dy_2d.value.shape[0]))
+        expected_db = (ones @ dy_2d).rounded_to(dtype).rounded_to(bias.dtype)
+        assert bias.grad.dtype == bias.dtype
+        assert_within(bias.grad[None], expected_db)
+        bias.requires_grad_(False).grad = None
+
+
 # ---- LoRA
 
-# Both sides of the switch between the core's kernels and the workspace.
-BATCHES = sorted({1, 2, NATIVE_MAX_TOKENS, NATIVE_MAX_TOKENS + 1, 33})
+# The tokens up to which the core's kernels take a product in the tests (see conftest.py): both they
+# and the workspace are then tested on every processor.
+SWITCH = 4
+BATCHES = sorted({1, 2, SWITCH, SWITCH + 1, 33})
 N, K = 37, 70  # of the layers that make_base gives
 
 over_bases = pytest.mark.parametrize("kind", ["nf4", "dense"])

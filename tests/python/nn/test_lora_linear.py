@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_native import LoRALinear, NF4Linear
-from qlora_native.ops.base_product import NATIVE_MAX_TOKENS
 from support import (
     BATCHES,
+    SWITCH,
     Approximate,
     K,
     N,
@@ -173,7 +173,7 @@ def test_no_tokens_give_gradients_of_zero(kind):
 
 
 @over_bases
-@pytest.mark.parametrize("m", [NATIVE_MAX_TOKENS, NATIVE_MAX_TOKENS + 1])
+@pytest.mark.parametrize("m", [SWITCH, SWITCH + 1])
 def test_each_gradient_is_the_same_when_the_others_are_not_wanted(kind, m):
     layer = lora_layer(make_base(kind))
     x, dy = torch.randn(m, K), torch.randn(m, N)
@@ -216,7 +216,7 @@ def test_without_a_bias_it_works_the_same(kind):
 
 
 @over_bases
-@pytest.mark.parametrize("shape", [(1, K), (NATIVE_MAX_TOKENS + 3, K), (2, 3, K), (K,)], ids=str)
+@pytest.mark.parametrize("shape", [(1, K), (SWITCH + 3, K), (2, 3, K), (K,)], ids=str)
 @pytest.mark.parametrize("through_dispatcher", [False, True], ids=["direct", "dispatcher"])
 def test_second_derivatives_match_the_dense_composition(kind, shape, through_dispatcher):
     layer = lora_layer(make_base(kind))
@@ -272,7 +272,7 @@ def test_the_compute_dtype_of_the_base_is_that_of_the_update():
 
 def test_one_thread_and_two_give_the_same_bits():
     layer = lora_layer(nf4_layer(300, 520), r=16, lora_dropout=0.3)
-    x, dy = torch.randn(NATIVE_MAX_TOKENS, 520), torch.randn(NATIVE_MAX_TOKENS, 300)
+    x, dy = torch.randn(SWITCH, 520), torch.randn(SWITCH, 300)
     results = []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)

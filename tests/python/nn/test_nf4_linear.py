@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlora_native import NF4Linear
-from qlora_native.ops.base_product import NATIVE_MAX_TOKENS
 from support import (
     BATCHES,
     FLOAT_DTYPES,
-    Approximate,
+    SWITCH,
     assert_near,
-    assert_within,
+    check_against_dense,
     dispatcher,
     nf4_layer,
     over_dtypes,
@@ -25,40 +24,8 @@ from support import (
 )
 
 
-def check_against_dense(layer: NF4Linear, x: torch.Tensor, dtype: torch.dtype) -> None:
-    """Forward and both gradients, with the tolerance of sums in fp32 and one rounding."""
-    x = x.detach().requires_grad_()
-    bias = layer.bias
-    if bias is not None:
-        bias.requires_grad_().grad = None
-    y = layer(x)
-    assert y.dtype == x.dtype
-    assert y.shape == (*x.shape[:-1], layer.out_features)
-    dy = torch.randn_like(y)
-    y.backward(dy)
-
-    w = Approximate(layer.dequantize(dtype))
-    x_2d = Approximate(x.to(dtype).reshape(-1, layer.in_features))
-    dy_2d = Approximate(dy.to(dtype).reshape(-1, layer.out_features))
-    expected = x_2d @ w.t()
-    if bias is not None:
-        expected = expected + Approximate(bias.to(dtype))
-    expected = expected.rounded_to(dtype).rounded_to(y.dtype)
-    assert_within(y.reshape(-1, layer.out_features), expected)
-    expected_dx = (dy_2d @ w).rounded_to(dtype).rounded_to(x.dtype)
-    assert x.grad.dtype == x.dtype
-    assert_within(x.grad.reshape(-1, layer.in_features), expected_dx)
-    if bias is not None:
-        ones = Approximate(torch.ones(1, dy_2d.value.shape[0]))
-        expected_db = (ones @ dy_2d).rounded_to(dtype).rounded_to(bias.dtype)
-        assert bias.grad.dtype == bias.dtype
-        assert_within(bias.grad[None], expected_db)
-        bias.requires_grad_(False).grad = None
-
-
 @over_dtypes
 def test_forward_and_gradients_match_the_dense_layer_for_every_batch_size_to_70(dtype):
-    assert 1 <= NATIVE_MAX_TOKENS < 70, "the range must cross the switch"
     layer = nf4_layer(37, 70)
     for m in range(1, 71):
         check_against_dense(layer, torch.randn(m, 70, dtype=dtype), dtype)
@@ -152,7 +119,7 @@ def test_no_tokens_give_no_tokens(shape):
 
 
 def test_one_thread_and_two_give_the_same_bits():
-    layer, x = nf4_layer(300, 520), torch.randn(NATIVE_MAX_TOKENS, 520, requires_grad=True)
+    layer, x = nf4_layer(300, 520), torch.randn(SWITCH, 520, requires_grad=True)
     results = []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
