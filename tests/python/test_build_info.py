@@ -107,7 +107,7 @@ for thread in threads: thread.join()
 child = os.fork()
 if child == 0:
     results = [qlora_native.nf4_quantize(w).dequantize() for _ in range(20)]
-    torch.set_num_threads(1)  # torch's own threads do not outlive a fork: more would hang in equal()
+    torch.set_num_threads(1)  # its own threads do not outlive a fork: equal() would wait for them
     os._exit(not all(torch.equal(result, expected) for result in results))
 assert os.waitpid(child, 0)[1] == 0
 assert not wrong
