@@ -34,14 +34,18 @@ function(qlora_add_cpu_sets target)
   endif()
   target_compile_definitions(${target} PRIVATE QLORA_X86_SETS)
   qlora_add_cpu_set(${target} avx2
-    csrc/cpu/avx2/kernels.cpp)
+    csrc/cpu/avx2/kernels.cpp
+    csrc/cpu/avx2/lora.cpp)
   qlora_add_cpu_set(${target} avx512
     csrc/cpu/avx512/kernels.cpp
+    csrc/cpu/avx512/lora.cpp
     csrc/cpu/avx512/nf4_linear.cpp)
   qlora_add_cpu_set(${target} avx512_bf16
     csrc/cpu/avx512_bf16/kernels.cpp
+    csrc/cpu/avx512_bf16/lora.cpp
     csrc/cpu/avx512_bf16/nf4_linear.cpp)
   qlora_add_cpu_set(${target} amx
     csrc/cpu/amx/kernels.cpp
+    csrc/cpu/amx/lora.cpp
     csrc/cpu/amx/nf4_linear.cpp)
 endfunction()

@@ -8,6 +8,8 @@ const CpuKernels& avx512_kernels() {
     set.name = "avx512";
     set.nf4_linear = avx512::nf4_linear;
     set.nf4_linear_grad_input = avx512::nf4_linear_grad_input;
+    set.lora_forward = avx512::lora_forward;
+    set.lora_backward = avx512::lora_backward;
     return set;
   }();
   return kernels;
