@@ -71,15 +71,15 @@ using Engine = avx512::TileLoRA<TileMultiplier>;
 }  // namespace
 
 void lora_forward(const LoRAForward& arguments, int num_threads) {
-  if (arguments.x.dtype != DType::bfloat16) {
-    return avx512_bf16_kernels().lora_forward(arguments, num_threads);
+  if (!avx512::prefers_tiles(arguments.x)) {
+    return avx512_kernels().lora_forward(arguments, num_threads);
   }
   run_lora_forward<Engine>(arguments, num_threads);
 }
 
 void lora_backward(const LoRABackward& arguments, int num_threads) {
-  if (arguments.x.dtype != DType::bfloat16) {
-    return avx512_bf16_kernels().lora_backward(arguments, num_threads);
+  if (!avx512::prefers_tiles(arguments.x)) {
+    return avx512_kernels().lora_backward(arguments, num_threads);
   }
   run_lora_backward<Engine>(arguments, num_threads);
 }

@@ -47,9 +47,7 @@ struct DotProductMultiplier {
       }
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        int both;
-        __builtin_memcpy(&both, a + i * p.a_stride, sizeof both);
-        const auto left = (__m512bh)_mm512_set1_epi32(both);
+        const auto left = (__m512bh)_mm512_broadcastd_epi32(_mm_loadu_si32(a + i * p.a_stride));
 #pragma GCC unroll 2
         for (int c = 0; c < column_tiles; ++c) {
           sums[i][c] = _mm512_dpbf16_ps(sums[i][c], left, columns[c]);
@@ -71,14 +69,14 @@ using Engine = avx512::TileLoRA<DotProductMultiplier>;
 }  // namespace
 
 void lora_forward(const LoRAForward& arguments, int num_threads) {
-  if (arguments.x.dtype != DType::bfloat16) {
+  if (!avx512::prefers_tiles(arguments.x)) {
     return avx512_kernels().lora_forward(arguments, num_threads);
   }
   run_lora_forward<Engine>(arguments, num_threads);
 }
 
 void lora_backward(const LoRABackward& arguments, int num_threads) {
-  if (arguments.x.dtype != DType::bfloat16) {
+  if (!avx512::prefers_tiles(arguments.x)) {
     return avx512_kernels().lora_backward(arguments, num_threads);
   }
   run_lora_backward<Engine>(arguments, num_threads);

@@ -46,7 +46,7 @@ LoRASizes lora_sizes(std::int64_t tokens, std::int64_t ranks) {
   // the activations they come from. 256 make work for several threads, 1024 keep a factor's share
   // in L2.
   std::int64_t columns = round_up(8 * ranks, 64);
-  columns = columns < 256 ? 256 : columns > 1024 ? 1024 : columns;
+  columns = columns < 512 ? 512 : columns > 1024 ? 1024 : columns;
   return {.tokens = tokens,
           .ranks = ranks,
           .padded_tokens = round_up(tokens, Engine::token_multiple),
@@ -137,6 +137,17 @@ struct Block {
 
 // ---- factors and their gradients, between memory and [rank, column] in fp32
 
+/// Zeros in rows [begin, end), up to a multiple of 32 columns.
+template <typename Simd>
+void clear_ranks(std::int64_t begin, std::int64_t end, std::int64_t columns, float* rows,
+                 std::int64_t stride) {
+  for (std::int64_t rank = begin; rank < end; ++rank) {
+    for (std::int64_t c = 0; c < round_up(columns, 32); c += Simd::lanes) {
+      Simd::store(rows + rank * stride + c, Simd::zero());
+    }
+  }
+}
+
 /// Columns [first, first + columns) of lora_a, rounded to T: factor[padded_ranks, stride], zeros
 /// where there are none, up to a multiple of 32 columns.
 template <typename Simd, typename T>
@@ -157,11 +168,7 @@ void load_a(const TensorView& lora_a, const LoRASizes& sizes, std::int64_t first
       }
     }
   });
-  for (std::int64_t rank = sizes.ranks; rank < sizes.padded_ranks; ++rank) {
-    for (std::int64_t c = 0; c < round_up(columns, 32); c += Simd::lanes) {
-      Simd::store(factor + rank * stride + c, Simd::zero());
-    }
-  }
+  clear_ranks<Simd>(sizes.ranks, sizes.padded_ranks, columns, factor, stride);
 }
 
 /// The same of lora_b: its rows are the columns.
@@ -171,13 +178,13 @@ void load_b(const TensorView& lora_b, const LoRASizes& sizes, std::int64_t first
   const std::int64_t r = sizes.ranks;
   with_float_type(lora_b.dtype, [&]<typename F>(F) {
     for (std::int64_t c = 0; c < round_up(columns, 32); c += Simd::lanes) {
-      for (std::int64_t rank = 0; rank < sizes.padded_ranks; rank += Simd::lanes) {
+      for (std::int64_t rank = 0; rank < r; rank += Simd::lanes) {
         typename Simd::Floats block[Simd::lanes];
         for (std::int64_t i = 0; i < Simd::lanes; ++i) {
           const F* const row = lora_b.as<const F>() + (first + c + i) * r + rank;
-          block[i] = c + i >= columns || rank >= r ? Simd::zero()
-                     : rank + Simd::lanes <= r     ? Simd::load(row)
-                                                   : Simd::load_partial(row, r - rank);
+          block[i] = c + i >= columns          ? Simd::zero()
+                     : rank + Simd::lanes <= r ? Simd::load(row)
+                                               : Simd::load_partial(row, r - rank);
         }
         Simd::transpose(block);
         for (std::int64_t i = 0; i < Simd::lanes; ++i) {
@@ -186,6 +193,7 @@ void load_b(const TensorView& lora_b, const LoRASizes& sizes, std::int64_t first
       }
     }
   });
+  clear_ranks<Simd>(round_up(r, Simd::lanes), sizes.padded_ranks, columns, factor, stride);
 }
 
 template <typename Simd>
@@ -354,7 +362,8 @@ void run_lora_backward(const LoRABackward& arguments, int num_threads) {
           const std::int64_t columns = lora_least(sizes.chunk_columns, n - first);
           load_b<Simd, T>(arguments.lora_b, sizes, first, columns, memory.factor, memory.stride);
           Engine::pack_dot(sizes, columns, memory);
-          Engine::clear_sums(sizes, columns, memory);
+          clear_ranks<Simd>(0, round_up(sizes.ranks, Simd::lanes), columns, memory.sums,
+                            memory.stride);
           float* const partial = call.partial + chunk * sizes.padded_tokens * sizes.padded_ranks;
           for (std::int64_t i = 0; i < m; i += token_block) {
             const Block<const T> dy = {arguments.dy.as<const T>() + i * n + first, n,
@@ -381,7 +390,8 @@ void run_lora_backward(const LoRABackward& arguments, int num_threads) {
             load_a<Simd, T>(arguments.lora_a, sizes, first, columns, memory.factor, memory.stride);
             Engine::pack_update(sizes, columns, memory);
           }
-          Engine::clear_sums(sizes, columns, memory);
+          clear_ranks<Simd>(0, round_up(sizes.ranks, Simd::lanes), columns, memory.sums,
+                            memory.stride);
           for (std::int64_t i = 0; i < m; i += token_block) {
             const std::int64_t tokens = lora_least(token_block, m - i);
             Engine::add_outer(sizes, call.left, i,

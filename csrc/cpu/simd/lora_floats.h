@@ -29,14 +29,6 @@ struct FloatLoRA {
   static void pack_update(const LoRASizes&, std::int64_t, const ChunkMemory&) {}
   static void finish_left(const Left&, const LoRASizes&, std::int64_t, std::int64_t) {}
 
-  static void clear_sums(const LoRASizes& sizes, std::int64_t width, const ChunkMemory& memory) {
-    for (std::int64_t rank = 0; rank < sizes.padded_ranks; ++rank) {
-      for (std::int64_t c = 0; c < width; c += lanes) {
-        Simd::store(memory.sums + rank * memory.stride + c, Simd::zero());
-      }
-    }
-  }
-
   /// partial[token, rank] = x · factorᵀ over the columns of the block.
   static void dot(const LoRASizes& sizes, const Block<const T>& x, const ChunkMemory& memory,
                   float* partial) {
