@@ -41,6 +41,8 @@ QLORA_INLINE __m512i pairs_of(const float* p) {
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
 }
 
+/// Engine of cpu/simd/lora.h. Multiplier::multiply does a StridedTileProduct, between begin() and
+/// end() of its thread.
 template <typename Multiplier>
 struct TileLoRA {
   using Simd = avx512::Simd;

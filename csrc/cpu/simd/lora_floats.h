@@ -6,6 +6,8 @@
 namespace qlora {
 namespace {
 
+/// Engine of cpu/simd/lora.h. Every product is fma in fp32, in one order of summation for an element
+/// whatever the split: over the columns of a chunk in `lanes` partial sums, over tokens one by one.
 template <typename SimdType, typename T>
 struct FloatLoRA {
   using Simd = SimdType;
@@ -21,9 +23,10 @@ struct FloatLoRA {
   static constexpr int rows = 4;
   static constexpr int columns = lanes == 16 ? 4 : 2;
 
+  // The factors are multiplied as they are.
   static void begin() {}
   static void end() {}
-  static std::int64_t packed_floats(const LoRASizes&) { return 0; }  // used as it is
+  static std::int64_t packed_floats(const LoRASizes&) { return 0; }
   static std::int64_t scratch_floats(const LoRASizes&) { return 0; }
   static void pack_dot(const LoRASizes&, std::int64_t, const ChunkMemory&) {}
   static void pack_update(const LoRASizes&, std::int64_t, const ChunkMemory&) {}
@@ -41,8 +44,9 @@ struct FloatLoRA {
   static void update(const LoRASizes& sizes, const Left& left, std::int64_t token,
                      const Block<T>& y, const ChunkMemory& memory, float scaling) {
     std::int64_t i = 0;
-    for (; i + rows <= y.tokens; i += rows)
+    for (; i + rows <= y.tokens; i += rows) {
       update_rows<rows>(sizes, left, token, y, memory, scaling, i);
+    }
     for (; i < y.tokens; ++i) update_rows<1>(sizes, left, token, y, memory, scaling, i);
   }
 
@@ -51,8 +55,9 @@ struct FloatLoRA {
                         const Block<const T>& x, const ChunkMemory& memory) {
     constexpr std::int64_t width = 2 * lanes;
     std::int64_t c = 0;
-    for (; c + width <= x.columns; c += width)
+    for (; c + width <= x.columns; c += width) {
       add_outer_columns<2>(sizes, left, token, x, memory, c);
+    }
     for (; c < x.columns; c += lanes) add_outer_columns<1>(sizes, left, token, x, memory, c);
   }
 
