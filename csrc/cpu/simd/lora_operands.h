@@ -14,7 +14,7 @@ constexpr std::int64_t round_up(std::int64_t count, std::int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// Tokens that an engine is given at once: with 256 columns in 16 bits, 32 KB of an L1 of 48 KB.
+// Tokens that an engine is given at once: with 512 columns in 16 bits, 64 KB, which stay in L2.
 constexpr std::int64_t token_block = 64;
 
 struct LoRASizes {
@@ -32,10 +32,10 @@ struct LoRASizes {
 template <typename Engine>
 LoRASizes lora_sizes(std::int64_t tokens, std::int64_t ranks) {
   // Partial sums have `ranks` fp32 for each token of a chunk: 8 columns a rank keep them well below
-  // the activations they come from. 256 columns at least amortise what a chunk costs and still make
-  // work for 16 threads where there are 4096; 1024 at most keep a factor's share in L2.
+  // the activations they come from. 512 columns at least, as every row of a chunk is on a page of
+  // its own; 1024 at most keep a factor's share in L2.
   std::int64_t columns = round_up(8 * ranks, 64);
-  columns = columns < 256 ? 256 : columns > 1024 ? 1024 : columns;
+  columns = columns < 512 ? 512 : columns > 1024 ? 1024 : columns;
   return {.tokens = tokens,
           .ranks = ranks,
           .padded_tokens = round_up(tokens, Engine::token_multiple),

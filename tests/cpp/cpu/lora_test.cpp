@@ -17,7 +17,7 @@ struct LoRAShape {
   std::int64_t m, n, k, r;
 };
 // Around the edges of the kernels' tiles (16 tokens, ranks or columns; 32 of what is summed over), of
-// their blocks of 64 tokens and of their chunks of 256 columns and more.
+// their blocks of 64 tokens and of their chunks of 512 columns and more.
 constexpr LoRAShape shapes[] = {
     {1, 1, 1, 1},      {1, 5, 3, 2},        {1, 64, 33, 16},   {3, 17, 31, 8},
     {7, 1, 65, 4},     {5, 33, 1, 7},       {70, 9, 40, 3},    {2, 130, 257, 64},
