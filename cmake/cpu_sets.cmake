@@ -36,17 +36,21 @@ function(qlora_add_cpu_sets target)
     csrc/cpu/avx2/adamw.cpp
     csrc/cpu/avx2/dropout.cpp
     csrc/cpu/avx2/kernels.cpp
+    csrc/cpu/avx2/lora.cpp
     csrc/cpu/avx2/nf4_codec.cpp)
   qlora_add_cpu_set(${target} avx512
     csrc/cpu/avx512/adamw.cpp
     csrc/cpu/avx512/dropout.cpp
     csrc/cpu/avx512/kernels.cpp
+    csrc/cpu/avx512/lora.cpp
     csrc/cpu/avx512/nf4_codec.cpp
     csrc/cpu/avx512/nf4_linear.cpp)
   qlora_add_cpu_set(${target} avx512_bf16
     csrc/cpu/avx512_bf16/kernels.cpp
+    csrc/cpu/avx512_bf16/lora.cpp
     csrc/cpu/avx512_bf16/nf4_linear.cpp)
   qlora_add_cpu_set(${target} amx
     csrc/cpu/amx/kernels.cpp
+    csrc/cpu/amx/lora.cpp
     csrc/cpu/amx/nf4_linear.cpp)
 endfunction()

@@ -7,8 +7,8 @@
 namespace qlora {
 
 /// What a thread may hold at the same time.
-enum class Workspace { packed_activations, weight_panel, scales, sums, lora };
-inline constexpr int workspace_count = 5;
+enum class Workspace { packed_activations, weight_panel, scales, sums, lora_call, lora_chunk };
+inline constexpr int workspace_count = 6;
 
 /// At least `bytes` bytes of this thread's, aligned to a page, with what was in them before. They
 /// stay valid until the next call with the same `purpose`. Throws std::bad_alloc.

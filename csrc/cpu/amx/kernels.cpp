@@ -8,6 +8,8 @@ const CpuKernels& amx_kernels() {
     set.name = "amx";
     set.nf4_linear = amx::nf4_linear;
     set.nf4_linear_grad_input = amx::nf4_linear_grad_input;
+    set.lora_forward = amx::lora_forward;
+    set.lora_backward = amx::lora_backward;
     return set;
   }();
   return kernels;

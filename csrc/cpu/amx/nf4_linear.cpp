@@ -1,5 +1,6 @@
 #include "cpu/amx/kernels.h"
 #include "cpu/amx/sixteen_tokens.h"
+#include "cpu/amx/tile_configuration.h"
 #include "cpu/avx512/tile_product.h"
 #include "cpu/avx512_bf16/bfloat16_tiles.h"
 
@@ -9,23 +10,10 @@ namespace {
 using avx512::tile_floats;
 using avx512::TileProduct;
 
-/// The operand of ldtilecfg (Intel SDM volume 1, table 18-1): all eight tiles 16 rows of 64 bytes.
-struct alignas(64) TileConfiguration {
-  std::uint8_t palette = 1;
-  std::uint8_t start_row = 0;
-  std::uint8_t reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfiguration) == 64);
-
 /// Products by `tdpbf16ps`. Tiles 0 to 3 hold sums[row tile][column tile], 4 and 5 row tiles, 6 and
 /// 7 column tiles.
 struct TileEngine : avx512::BFloat16Tiles {
-  static void begin() {
-    static constexpr TileConfiguration configuration;
-    _tile_loadconfig(&configuration);
-  }
+  static void begin() { configure_tiles(); }
   static void end() { _tile_release(); }
 
   static void multiply(const TileProduct& p) {

@@ -13,6 +13,9 @@ void nf4_quantize_scales(const float* absmax, float offset, const NF4Bytes& out,
 void nf4_dequantize(const NF4Bytes& weight, const TensorView& out, std::int64_t begin,
                     std::int64_t end);
 
+void lora_forward(const LoRAForward& arguments, int num_threads);
+void lora_backward(const LoRABackward& arguments, int num_threads);
+
 void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
              std::int64_t begin, std::int64_t end);
 

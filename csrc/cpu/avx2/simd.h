@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/simd/inline.h"
 #include "format/float16.h"
@@ -238,6 +239,35 @@ struct Simd {
     const __m256 nan = _mm256_or_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
     const __m256 plain = _mm256_blendv_ps(a.v, nan, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
     return _mm256_cvtps_ph(plain, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+
+  /// round_through<T> of every lane.
+  template <typename T>
+  QLORA_INLINE static Floats round_to(Floats a) {
+    if constexpr (std::is_same_v<T, BFloat16>) return widen_bfloat16(narrow_bfloat16(a));
+    if constexpr (std::is_same_v<T, Float16>) return {_mm256_cvtph_ps(narrow_float16(a))};
+    return a;
+  }
+
+  // -- shuffles
+
+  /// rows[i] lane j <-> rows[j] lane i.
+  QLORA_INLINE static void transpose(Floats (&rows)[8]) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {  // pairs of rows: 2 x 2 blocks
+      a[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+      a[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4) {  // 4 x 4 blocks, one in each 128-bit lane
+      b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+      b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+      b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      rows[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+      rows[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
   }
 
  private:

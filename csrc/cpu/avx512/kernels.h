@@ -18,6 +18,9 @@ void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& b
 void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
                            int num_threads);
 
+void lora_forward(const LoRAForward& arguments, int num_threads);
+void lora_backward(const LoRABackward& arguments, int num_threads);
+
 void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
              std::int64_t begin, std::int64_t end);
 

@@ -104,24 +104,13 @@ alignas(64) constexpr float nf4_levels[nf4_level_count] = {
     nf4_level(6),  nf4_level(7),  nf4_level(8),  nf4_level(9), nf4_level(10), nf4_level(11),
     nf4_level(12), nf4_level(13), nf4_level(14), nf4_level(15)};
 
-template <typename T>
-QLORA_INLINE __m512 round_through_vector(__m512 v) {
-  if constexpr (sizeof(T) == 4) {
-    return v;
-  } else {
-    T rounded[16];
-    Simd::store(rounded, {v});
-    return Simd::load(rounded).v;
-  }
-}
-
 /// The weights of a chunk in fp32, rounded to T: planes[s] lane d is column 8 d + (s ^ 1). The
 /// first 64 have scale0, the others scale1.
 template <typename T>
 QLORA_INLINE void decode_floats(__m512i codes, float scale0, float scale1, __m512 (&planes)[8]) {
   const __m512 levels = _mm512_load_ps(nf4_levels);
-  const __m512 table0 = round_through_vector<T>(_mm512_mul_ps(levels, _mm512_set1_ps(scale0)));
-  const __m512 table1 = round_through_vector<T>(_mm512_mul_ps(levels, _mm512_set1_ps(scale1)));
+  const __m512 table0 = Simd::round_to<T>({_mm512_mul_ps(levels, _mm512_set1_ps(scale0))}).v;
+  const __m512 table1 = Simd::round_to<T>({_mm512_mul_ps(levels, _mm512_set1_ps(scale1))}).v;
   const __m512i nibble = _mm512_set1_epi32(0x0f);
   // Index bit 4 chooses the table.
   const __m512i table = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(0x10), 1);

@@ -6,7 +6,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
+#include "cpu/avx512/transpose.h"
 #include "cpu/simd/inline.h"
 #include "format/float16.h"
 
@@ -225,6 +227,24 @@ struct Simd {
                         _mm512_set1_epi32(0x7fc00000));
     const __m512 plain = _mm512_mask_mov_ps(a.v, is_nan, _mm512_castsi512_ps(sign_and_nan));
     return _mm512_cvtps_ph(plain, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+
+  /// round_through<T> of every lane.
+  template <typename T>
+  QLORA_INLINE static Floats round_to(Floats a) {
+    if constexpr (std::is_same_v<T, BFloat16>) return widen_bfloat16(narrow_bfloat16(a));
+    if constexpr (std::is_same_v<T, Float16>) return {_mm512_cvtph_ps(narrow_float16(a))};
+    return a;
+  }
+
+  // -- shuffles
+
+  /// rows[i] lane j <-> rows[j] lane i.
+  QLORA_INLINE static void transpose(Floats (&rows)[16]) {
+    __m512i bits[16];
+    for (int i = 0; i < 16; ++i) bits[i] = _mm512_castps_si512(rows[i].v);
+    transpose16(bits);
+    for (int i = 0; i < 16; ++i) rows[i].v = _mm512_castsi512_ps(bits[i]);
   }
 
  private:

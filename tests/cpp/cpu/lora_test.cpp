@@ -16,9 +16,16 @@ using reference::sum_error;
 struct LoRAShape {
   std::int64_t m, n, k, r;
 };
-constexpr LoRAShape shapes[] = {{1, 1, 1, 1},  {1, 5, 3, 2},  {1, 64, 33, 16}, {3, 17, 31, 8},
-                                {7, 1, 65, 4}, {5, 33, 1, 7}, {70, 9, 40, 3},  {2, 130, 257, 64},
-                                {0, 5, 6, 2},  {4, 0, 6, 2},  {4, 5, 0, 2},    {4, 5, 6, 0}};
+// Around the edges of the kernels' tiles (16 tokens, ranks or columns; 32 of what is summed over), of
+// their blocks of 64 tokens and of their chunks of 512 columns and more.
+constexpr LoRAShape shapes[] = {
+    {1, 1, 1, 1},      {1, 5, 3, 2},        {1, 64, 33, 16},   {3, 17, 31, 8},
+    {7, 1, 65, 4},     {5, 33, 1, 7},       {70, 9, 40, 3},    {2, 130, 257, 64},
+    {0, 5, 6, 2},      {4, 0, 6, 2},        {4, 5, 0, 2},      {4, 5, 6, 0},
+    {32, 64, 96, 16},  {64, 32, 32, 32},    {15, 31, 33, 17},  {17, 47, 100, 7},
+    {33, 65, 15, 33},  {100, 48, 80, 1},    {65, 515, 40, 16}, {16, 40, 515, 15},
+    {20, 36, 52, 130}, {100, 1025, 513, 5}, {9, 20, 1100, 70}, {128, 16, 16, 64},
+    {17, 33, 17, 260}};
 constexpr float scaling = 0.7f;
 
 /// A matrix that was computed in fp32 and rounded: its likeliest value, and how far the true one
