@@ -34,7 +34,8 @@ function(qlora_add_cpu_sets target)
   endif()
   target_compile_definitions(${target} PRIVATE QLORA_X86_SETS)
   qlora_add_cpu_set(${target} avx2
-    csrc/cpu/avx2/kernels.cpp)
+    csrc/cpu/avx2/kernels.cpp
+    csrc/cpu/avx2/nf4_linear.cpp)
   qlora_add_cpu_set(${target} avx512
     csrc/cpu/avx512/kernels.cpp
     csrc/cpu/avx512/nf4_linear.cpp)

@@ -1,4 +1,4 @@
-#include "cpu/cpu_kernels.h"
+#include "cpu/avx2/kernels.h"
 
 namespace qlora {
 
@@ -6,6 +6,8 @@ const CpuKernels& avx2_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels set = scalar_kernels();
     set.name = "avx2";
+    set.nf4_linear = avx2::nf4_linear;
+    set.nf4_linear_grad_input = avx2::nf4_linear_grad_input;
     return set;
   }();
   return kernels;

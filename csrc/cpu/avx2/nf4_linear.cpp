@@ -1,0 +1,26 @@
+#include "cpu/avx2/forward.h"
+#include "cpu/avx2/grad_input.h"
+#include "cpu/avx2/kernels.h"
+
+namespace qlora::avx2 {
+
+void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
+                const TensorView& y, int num_threads) {
+  if (!is_chunked(weight)) return scalar_kernels().nf4_linear(x, weight, bias, y, num_threads);
+  with_float_type(x.dtype, [&]<typename T>(T) {
+    forward(x.as<const T>(), weight, bias.is_present ? bias.as<const T>() : nullptr, y.as<T>(),
+            x.shape[0], num_threads);
+  });
+}
+
+void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
+                           int num_threads) {
+  if (!is_chunked(weight)) {
+    return scalar_kernels().nf4_linear_grad_input(dy, weight, dx, num_threads);
+  }
+  with_float_type(dy.dtype, [&]<typename T>(T) {
+    grad_input(dy.as<const T>(), weight, dx.as<T>(), dy.shape[0], num_threads);
+  });
+}
+
+}  // namespace qlora::avx2
