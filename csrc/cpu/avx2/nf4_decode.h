@@ -44,8 +44,8 @@ alignas(32) constexpr float levels1[8] = {nf4_level(4),  nf4_level(5),  nf4_leve
 
 QLORA_INLINE __m256i in_both_lanes(__m128i v) { return _mm256_broadcastsi128_si256(v); }
 
-/// fp32 bits, rounded to bf16 in the upper half of each dword: Simd::narrow_bfloat16 without its care
-/// for the payload of a NaN, which might overflow.
+/// fp32 bits, rounded to bf16 in the upper half of each dword: Simd::narrow_bfloat16, but that the
+/// payload of a NaN must be zero, as it is in decoded scales.
 QLORA_INLINE __m256i round_to_bfloat16(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

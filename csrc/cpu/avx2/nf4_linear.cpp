@@ -1,3 +1,4 @@
+#include "cpu/avx2/few_tokens.h"
 #include "cpu/avx2/forward.h"
 #include "cpu/avx2/grad_input.h"
 #include "cpu/avx2/kernels.h"
@@ -8,8 +9,13 @@ void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& b
                 const TensorView& y, int num_threads) {
   if (!is_chunked(weight)) return scalar_kernels().nf4_linear(x, weight, bias, y, num_threads);
   with_float_type(x.dtype, [&]<typename T>(T) {
-    forward(x.as<const T>(), weight, bias.is_present ? bias.as<const T>() : nullptr, y.as<T>(),
-            x.shape[0], num_threads);
+    const T* const biases = bias.is_present ? bias.as<const T>() : nullptr;
+    const std::int64_t m = x.shape[0];
+    if (m <= most_few_tokens) {
+      forward_few_tokens(x.as<const T>(), weight, biases, y.as<T>(), m, num_threads);
+    } else {
+      forward(x.as<const T>(), weight, biases, y.as<T>(), m, num_threads);
+    }
   });
 }
 

@@ -74,15 +74,19 @@ void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_
   }
 }
 
-/// All of them, by all threads, and a zero after them: the last chunk of W may be half of one.
+/// All of them, by all threads, and a zero after them: the last chunk of W may be half of one. A NaN
+/// loses its payload, so that rounding its bits up cannot overflow.
 template <typename Simd>
 const float* decode_all_scales(const NF4Bytes& w, int num_threads) {
   float* const scales = float_workspace(Workspace::scales, w.n * half_chunks_of(w) + 1);
   scales[w.n * half_chunks_of(w)] = 0.0f;
-  parallel_for(num_threads, w.n, grain_for(half_chunks_of(w)),
-               [&](std::int64_t begin, std::int64_t end) {
-                 decode_half_chunk_scales<Simd>(w, begin, end, scales);
-               });
+  parallel_for(
+      num_threads, w.n, grain_for(half_chunks_of(w)), [&](std::int64_t begin, std::int64_t end) {
+        decode_half_chunk_scales<Simd>(w, begin, end, scales);
+        for (std::int64_t h = begin * half_chunks_of(w); h < end * half_chunks_of(w); ++h) {
+          scales[h] = scales[h] != scales[h] ? __builtin_nanf("") : scales[h];
+        }
+      });
   return scales;
 }
 
