@@ -16,6 +16,17 @@ constexpr std::int64_t tokens_per_pass = 512;
 // L1 once for all of them.
 constexpr std::int64_t most_row_tiles = 16;
 
+// A column tile of a slab.
+constexpr std::int64_t column_tile_floats = slab_depth * tile_columns;
+
+/// Asks for `count` floats. Into L2: L1 holds what is being multiplied.
+QLORA_INLINE void prefetch_floats(const float* p, std::int64_t count) {
+  constexpr std::int64_t line_floats = 16;
+  for (std::int64_t i = 0; i < count; i += line_floats) {
+    _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+  }
+}
+
 QLORA_INLINE void load_rows(const float* rows, std::int64_t stride, std::int64_t count,
                             __m256 (&out)[8]) {
   for (std::int64_t i = 0; i < 8; ++i) {
@@ -83,9 +94,13 @@ void decode_rows(const NF4Bytes& w, const float* scales, std::int64_t row, std::
     const float* const row_scales =
         scales + (row + i) * half_chunks_of(w) + column / half_chunk_weights;
     float* const out = panel + i * slab_depth;
+    // Tables are made half a chunk early, beside look-ups that do not wait for them. There is a scale
+    // after the last one.
+    auto next = make_decode_table<T>(row_scales[0]);
     for (std::int64_t d = 0; d < depth; d += half_chunk_weights) {
       prefetch_codes(codes + ahead);
-      const auto table = make_decode_table<T>(row_scales[d / half_chunk_weights]);
+      const auto table = next;
+      next = make_decode_table<T>(row_scales[d / half_chunk_weights + 1]);
       decode_half_chunk<T>(codes, table, [out, d](int c, __m256 plane) __attribute__((always_inline)) {
         _mm256_store_ps(out + d + 8 * c, plane);
       });
@@ -141,10 +156,15 @@ void forward_rows(const NF4Bytes& w, const float* scales, const float* packed, c
       const std::int64_t ahead =
           column + depth < w.k ? depth / 2 : (rows_at_once * w.k - column) / 2;
       decode_rows<T>(w, scales, row, rows, column, depth, ahead, panel);
+      const std::int64_t share = column_tile_floats / tiles;
       for (std::int64_t t = 0; t < token_tiles; ++t) {
+        const float* const columns =
+            packed + (column * token_tiles + t * slab_depth) * tile_columns;
         for (std::int64_t r = 0; r < tiles; ++r) {
+          // Row tiles share in asking for the tile after this one, which comes from L3 or further.
+          prefetch_floats(columns + column_tile_floats + r * share, share);
           multiply({.rows = panel + r * tile_rows * slab_depth,
-                    .columns = packed + (column * token_tiles + t * slab_depth) * tile_columns,
+                    .columns = columns,
                     .sums = sums + (t * rows_at_once + r * tile_rows) * tile_columns,
                     .row_count = tile_rows,
                     .depth = depth,

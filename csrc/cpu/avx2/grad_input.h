@@ -10,7 +10,7 @@ namespace {
 
 constexpr std::int64_t tiles_per_half_chunk = half_chunk_weights / tile_columns;
 // From column tile to column tile of a panel: no multiple of 4 KB, which would be one set of L1.
-constexpr std::int64_t column_tile_stride = slab_depth * tile_columns + 16;
+constexpr std::int64_t column_tile_stride = column_tile_floats + 16;
 
 /// dy in fp32 as [slab][token][inner element].
 template <typename T>
@@ -34,11 +34,15 @@ void decode_columns(const NF4Bytes& w, const float* scales, std::int64_t row, st
                     std::int64_t column, std::int64_t halves, std::int64_t ahead, float* panel) {
   const std::uint8_t* codes = w.codes + (row * w.k + column) / 2;
   const float* row_scales = scales + row * half_chunks_of(w) + column / half_chunk_weights;
+  // Made half a chunk early, as in decode_rows.
+  auto next = make_decode_table<T>(row_scales[0]);
   for (std::int64_t i = 0; i < count; ++i) {
     prefetch_codes(codes + ahead);
+    const float* const next_scales = i + 1 < count ? row_scales + half_chunks_of(w) : row_scales;
     for (std::int64_t h = 0; h < halves; ++h) {
       float* const out = panel + h * tiles_per_half_chunk * column_tile_stride + i * tile_columns;
-      const auto table = make_decode_table<T>(row_scales[h]);
+      const auto table = next;
+      next = make_decode_table<T>(h + 1 < halves ? row_scales[h + 1] : next_scales[0]);
       decode_half_chunk<T>(
           codes + h * half_chunk_bytes,
           table, [out](int c, __m256 plane) __attribute__((always_inline)) {
@@ -46,7 +50,7 @@ void decode_columns(const NF4Bytes& w, const float* scales, std::int64_t row, st
           });
     }
     codes += w.k / 2;
-    row_scales += half_chunks_of(w);
+    row_scales = next_scales;
   }
 }
 
