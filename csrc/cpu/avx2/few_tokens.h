@@ -62,14 +62,14 @@ void multiply_few_tokens(const NF4Bytes& w, const float* scales, const float* pa
       prefetch_codes(here + bytes_ahead);
       const auto table = tables[r];
       tables[r] = make_decode_table<T>(row_scales[r * halves + half + 1]);
-      decode_half_chunk<T>(
-          here, table, [&](int c, __m256 plane) __attribute__((always_inline)) {
+      const auto multiply = [&](int c, __m256 plane) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-            for (int t = 0; t < tokens; ++t) {
-              __m256& sum = sums[r][t][c % 4 / 2 % chains];
-              sum = _mm256_fmadd_ps(plane, _mm256_load_ps(x + t * half_chunk_weights + 8 * c), sum);
-            }
-          });
+        for (int t = 0; t < tokens; ++t) {
+          __m256& sum = sums[r][t][c % 4 / 2 % chains];
+          sum = _mm256_fmadd_ps(plane, _mm256_load_ps(x + t * half_chunk_weights + 8 * c), sum);
+        }
+      };
+      decode_half_chunk<T>(here, table, multiply);
     }
   }
   for (int r = 0; r < rows; ++r) {

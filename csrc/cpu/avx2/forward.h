@@ -12,8 +12,8 @@ namespace {
 
 // Tokens that are packed and worked on together: bounds the workspaces.
 constexpr std::int64_t tokens_per_pass = 512;
-// Row tiles of W that are decoded together: 96 KB of an L2 of 256 KB and up. Token tiles pass through
-// L1 once for all of them.
+// Row tiles of W that are decoded together: 96 KB of an L2 of 256 KB and up. Token tiles pass
+// through L1 once for all of them.
 constexpr std::int64_t most_row_tiles = 16;
 
 // A column tile of a slab.
@@ -83,8 +83,8 @@ void pack_tokens(const T* x, std::int64_t m, std::int64_t k, float* packed, int 
                });
 }
 
-/// Columns [column, column + depth) of `count` rows of W from `row` on, as row tiles. `ahead` is the
-/// way to codes that will be wanted soon.
+/// Columns [column, column + depth) of `count` rows of W from `row` on, as row tiles. `ahead` is
+/// the way to codes that will be wanted soon.
 template <typename T>
 void decode_rows(const NF4Bytes& w, const float* scales, std::int64_t row, std::int64_t count,
                  std::int64_t column, std::int64_t depth, std::int64_t ahead, float* panel) {
@@ -94,16 +94,17 @@ void decode_rows(const NF4Bytes& w, const float* scales, std::int64_t row, std::
     const float* const row_scales =
         scales + (row + i) * half_chunks_of(w) + column / half_chunk_weights;
     float* const out = panel + i * slab_depth;
-    // Tables are made half a chunk early, beside look-ups that do not wait for them. There is a scale
-    // after the last one.
+    // Tables are made half a chunk early, beside look-ups that do not wait for them. There is a
+    // scale after the last one.
     auto next = make_decode_table<T>(row_scales[0]);
     for (std::int64_t d = 0; d < depth; d += half_chunk_weights) {
       prefetch_codes(codes + ahead);
       const auto table = next;
       next = make_decode_table<T>(row_scales[d / half_chunk_weights + 1]);
-      decode_half_chunk<T>(codes, table, [out, d](int c, __m256 plane) __attribute__((always_inline)) {
+      const auto store = [=](int c, __m256 plane) __attribute__((always_inline)) {
         _mm256_store_ps(out + d + 8 * c, plane);
-      });
+      };
+      decode_half_chunk<T>(codes, table, store);
       codes += half_chunk_bytes;
     }
   }
@@ -119,8 +120,8 @@ template <typename T>
 void write_rows(const float* sums, std::int64_t rows_per_token_tile, const T* bias, T* y,
                 std::int64_t m, std::int64_t n, std::int64_t count) {
   for (std::int64_t first = 0; first < m; first += 8) {
-    const float* const tile = sums + first / tile_columns * rows_per_token_tile * tile_columns +
-                              first % tile_columns;
+    const float* const tile =
+        sums + first / tile_columns * rows_per_token_tile * tile_columns + first % tile_columns;
     for (std::int64_t j = 0; j < count; j += 8) {
       const std::int64_t width = least(8, count - j);
       __m256 tokens[8];
@@ -144,8 +145,7 @@ void forward_rows(const NF4Bytes& w, const float* scales, const float* packed, c
       ceil_divide(end - begin, ceil_divide(end - begin, most_row_tiles));
   const std::int64_t rows_at_once = tiles_at_once * tile_rows;
   float* const panel = float_workspace(Workspace::weight_panel, rows_at_once * slab_depth);
-  float* const sums =
-      float_workspace(Workspace::sums, token_tiles * rows_at_once * tile_columns);
+  float* const sums = float_workspace(Workspace::sums, token_tiles * rows_at_once * tile_columns);
 
   for (std::int64_t tile = begin; tile < end; tile += tiles_at_once) {
     const std::int64_t row = tile * tile_rows;

@@ -43,11 +43,10 @@ void decode_columns(const NF4Bytes& w, const float* scales, std::int64_t row, st
       float* const out = panel + h * tiles_per_half_chunk * column_tile_stride + i * tile_columns;
       const auto table = next;
       next = make_decode_table<T>(h + 1 < halves ? row_scales[h + 1] : next_scales[0]);
-      decode_half_chunk<T>(
-          codes + h * half_chunk_bytes,
-          table, [out](int c, __m256 plane) __attribute__((always_inline)) {
-            _mm256_store_ps(out + c / 2 * column_tile_stride + c % 2 * 8, plane);
-          });
+      const auto store = [=](int c, __m256 plane) __attribute__((always_inline)) {
+        _mm256_store_ps(out + c / 2 * column_tile_stride + c % 2 * 8, plane);
+      };
+      decode_half_chunk<T>(codes + h * half_chunk_bytes, table, store);
     }
     codes += w.k / 2;
     row_scales = next_scales;

@@ -1,10 +1,10 @@
 // Decoding NF4 codes in registers, half a chunk of one row at a time. Everything here has
 // internal linkage: each source that includes it compiles its own.
 //
-// Half a chunk is 64 weights in 32 bytes. `vpshufb` looks up 32 codes in a table of 16 bytes, so that a table of fp32 is
-// four of them, one for each byte of the values, and a table of bf16 two; unpacking puts the bytes of
-// a value together. The codes are shuffled first, so that both kinds of table decode it in the
-// same order, which both operands of a product share:
+// Half a chunk is 64 weights in 32 bytes. `vpshufb` looks up 32 codes in a table of 16 bytes, so
+// that a table of fp32 is four of them, one for each byte of the values, and a table of bf16 two;
+// unpacking puts the bytes of a value together. The codes are shuffled first, so that both kinds of
+// table decode it in the same order, which both operands of a product share:
 //
 //   plane c of 8, lane d of 8:  column 8 d + c
 #pragma once
@@ -21,8 +21,8 @@ namespace {
 
 constexpr std::int64_t half_chunk_bytes = half_chunk_weights / 2;
 
-/// The values that the codes of a block stand for, rounded to T: byte b of each in bytes[b], in both
-/// 128-bit lanes. Two bytes are those of bf16, the upper ones of fp32.
+/// The values that the codes of a block stand for, rounded to T: byte b of each in bytes[b], in
+/// both 128-bit lanes. Two bytes are those of bf16, the upper ones of fp32.
 template <typename T>
 struct DecodeTable {
   static constexpr int size = 4;

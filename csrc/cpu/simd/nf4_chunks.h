@@ -23,7 +23,8 @@ inline float* float_workspace(Workspace purpose, std::int64_t count) {
       thread_workspace(purpose, static_cast<std::size_t>(count) * sizeof(float)));
 }
 
-/// Whether there are weights, in rows of whole halves of chunks, each within one quantisation block.
+/// Whether there are weights, in rows of whole halves of chunks, each within one quantisation
+/// block.
 inline bool is_chunked(const NF4Bytes& weight) {
   return weight.n > 0 && weight.k > 0 && weight.k % half_chunk_weights == 0 &&
          weight.block_size >= half_chunk_weights;
@@ -74,8 +75,8 @@ void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_
   }
 }
 
-/// All of them, by all threads, and a zero after them: the last chunk of W may be half of one. A NaN
-/// loses its payload, so that rounding its bits up cannot overflow.
+/// All of them, by all threads, and a zero after them: the last chunk of W may be half of one. A
+/// NaN loses its payload, so that rounding its bits up cannot overflow.
 template <typename Simd>
 const float* decode_all_scales(const NF4Bytes& w, int num_threads) {
   float* const scales = float_workspace(Workspace::scales, w.n * half_chunks_of(w) + 1);
