@@ -33,21 +33,35 @@ inline bool is_chunked(const NF4Bytes& weight) {
 /// The halves of chunks in a row of a weight that is_chunked.
 inline std::int64_t half_chunks_of(const NF4Bytes& weight) { return weight.k / half_chunk_weights; }
 
-/// Scales of blocks [first, first + count) in fp32.
+/// A NaN without its payload, so that rounding its bits up cannot overflow.
+inline float without_payload(float x) { return x != x ? __builtin_nanf("") : x; }
+
+/// NF4Bytes::scale, less a NaN's payload.
+inline float decode_scale(const NF4Bytes& weight, std::int64_t block) {
+  if (weight.nested_offset == nullptr) return without_payload(load_float(weight.absmax, block));
+  const float product = signed_dynamic_map.values.data()[weight.absmax[block]] *
+                        load_float(weight.nested_absmax, block / nf4_blocks_per_nested_block);
+  return without_payload(product + load_float(weight.nested_offset, 0));
+}
+
+/// Scales of blocks [first, first + count) in fp32. No NaN among them has a payload.
 template <typename Simd>
 void decode_scales(const NF4Bytes& weight, std::int64_t first, std::int64_t count, float* out) {
   if (weight.nested_offset == nullptr) {
-    __builtin_memcpy(out, weight.absmax + 4 * first, static_cast<std::size_t>(4 * count));
+    for (std::int64_t i = 0; i < count; ++i) {
+      out[i] = without_payload(load_float(weight.absmax, first + i));
+    }
     return;
   }
-  const auto offset = Simd::broadcast(load_float(weight.nested_offset, 0));
+  const auto offset = Simd::broadcast(without_payload(load_float(weight.nested_offset, 0)));
   const float* const map = signed_dynamic_map.values.data();
   for (std::int64_t done = 0; done < count;) {
     const std::int64_t block = first + done;
     const std::int64_t group = block / nf4_blocks_per_nested_block;
     const std::int64_t group_end = (group + 1) * nf4_blocks_per_nested_block;
     const std::int64_t run = least(least(count - done, group_end - block), Simd::lanes);
-    const auto group_absmax = Simd::broadcast(load_float(weight.nested_absmax, group));
+    const auto group_absmax =
+        Simd::broadcast(without_payload(load_float(weight.nested_absmax, group)));
     if (run == Simd::lanes) {
       Simd::store(out + done, Simd::gather(map, weight.absmax + block) * group_absmax + offset);
     } else {
@@ -68,26 +82,21 @@ void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_
   }
   const std::int64_t halves_per_block = w.block_size / half_chunk_weights;
   for (std::int64_t h = first; h < last;) {
-    float scale;
-    decode_scales<Simd>(w, h / halves_per_block, 1, &scale);
+    const float scale = decode_scale(w, h / halves_per_block);
     const std::int64_t block_end = least((h / halves_per_block + 1) * halves_per_block, last);
     for (; h < block_end; ++h) out[h] = scale;
   }
 }
 
-/// All of them, by all threads, and a zero after them: the last chunk of W may be half of one. A
-/// NaN loses its payload, so that rounding its bits up cannot overflow.
+/// All of them, by all threads, and a zero after them: the last chunk of W may be half of one.
 template <typename Simd>
 const float* decode_all_scales(const NF4Bytes& w, int num_threads) {
   float* const scales = float_workspace(Workspace::scales, w.n * half_chunks_of(w) + 1);
   scales[w.n * half_chunks_of(w)] = 0.0f;
-  parallel_for(
-      num_threads, w.n, grain_for(half_chunks_of(w)), [&](std::int64_t begin, std::int64_t end) {
-        decode_half_chunk_scales<Simd>(w, begin, end, scales);
-        for (std::int64_t h = begin * half_chunks_of(w); h < end * half_chunks_of(w); ++h) {
-          scales[h] = scales[h] != scales[h] ? __builtin_nanf("") : scales[h];
-        }
-      });
+  parallel_for(num_threads, w.n, grain_for(half_chunks_of(w)),
+               [&](std::int64_t begin, std::int64_t end) {
+                 decode_half_chunk_scales<Simd>(w, begin, end, scales);
+               });
   return scales;
 }
 
