@@ -37,7 +37,8 @@ function(qlora_add_cpu_sets target)
     csrc/cpu/avx2/dropout.cpp
     csrc/cpu/avx2/kernels.cpp
     csrc/cpu/avx2/lora.cpp
-    csrc/cpu/avx2/nf4_codec.cpp)
+    csrc/cpu/avx2/nf4_codec.cpp
+    csrc/cpu/avx2/nf4_linear.cpp)
   qlora_add_cpu_set(${target} avx512
     csrc/cpu/avx512/adamw.cpp
     csrc/cpu/avx512/dropout.cpp

@@ -72,7 +72,7 @@ struct TileEngine : avx512::BFloat16Tiles {
 void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
                 const TensorView& y, int num_threads) {
   // One token takes no tiles: 22 G weights/s a thread without them, 20 with.
-  if (x.dtype != DType::bfloat16 || !avx512::is_chunked(weight) || x.shape[0] == 1) {
+  if (x.dtype != DType::bfloat16 || !is_chunked(weight) || x.shape[0] == 1) {
     return avx512_bf16_kernels().nf4_linear(x, weight, bias, y, num_threads);
   }
   const auto forward = x.shape[0] <= 16
@@ -84,7 +84,7 @@ void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& b
 
 void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
                            int num_threads) {
-  if (dy.dtype != DType::bfloat16 || !avx512::is_chunked(weight)) {
+  if (dy.dtype != DType::bfloat16 || !is_chunked(weight)) {
     return avx512_bf16_kernels().nf4_linear_grad_input(dy, weight, dx, num_threads);
   }
   avx512::grad_input<TileEngine>(dy.as<const BFloat16>(), weight, dx.as<BFloat16>(), dy.shape[0],

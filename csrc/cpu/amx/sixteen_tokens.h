@@ -13,7 +13,7 @@ namespace {
 template <typename Engine, int row_tiles>
 void forward_pair(const NF4Bytes& w, const float* scales, const float* packed, std::int64_t tile,
                   float* sums) {
-  using avx512::chunk_weights, avx512::tile_floats;
+  using avx512::tile_floats;
   constexpr std::int64_t chunk_bytes = chunk_weights / 2, tiles = Engine::tiles_per_inner_chunk;
   constexpr std::int64_t chunks_ahead = 2;
   constexpr int line = 64;
@@ -45,10 +45,10 @@ void forward_pair(const NF4Bytes& w, const float* scales, const float* packed, s
       const std::int64_t row = s * rows, j = 16 * tile + row;
       Engine::template decode_rows<rows>(
           {.codes = w.codes + j * w.k / 2 + c * chunk_bytes,
-           .scales = scales + j * avx512::half_chunks_of(w) + 2 * c,
+           .scales = scales + j * half_chunks_of(w) + 2 * c,
            .codes_stride = w.k / 2,
-           .scales_stride = avx512::half_chunks_of(w),
-           .rows = avx512::least(rows, w.n - j),
+           .scales_stride = half_chunks_of(w),
+           .rows = least(rows, w.n - j),
            .is_whole = (c + 1) * chunk_weights <= w.k,
            .ahead = ahead},
           decoded[c % 2] + row / 16 * tiles * tile_floats + row % 16 * 16);
@@ -67,7 +67,7 @@ void forward_rows_of_sixteen(const NF4Bytes& w, const float* scales, const float
                              std::int64_t end) {
   alignas(64) float sums[2 * avx512::tile_floats];
   for (std::int64_t tile = begin; tile < end; tile += 2) {
-    const std::int64_t pair = avx512::least(2, end - tile);
+    const std::int64_t pair = least(2, end - tile);
     const auto forward = pair == 2 ? forward_pair<Engine, 2> : forward_pair<Engine, 1>;
     forward(w, scales, packed, tile, sums);
     for (std::int64_t r = 0; r < pair; ++r) {

@@ -9,6 +9,8 @@ const CpuKernels& avx2_kernels() {
     set.nf4_quantize = avx2::nf4_quantize;
     set.nf4_quantize_scales = avx2::nf4_quantize_scales;
     set.nf4_dequantize = avx2::nf4_dequantize;
+    set.nf4_linear = avx2::nf4_linear;
+    set.nf4_linear_grad_input = avx2::nf4_linear_grad_input;
     set.lora_forward = avx2::lora_forward;
     set.lora_backward = avx2::lora_backward;
     set.dropout = avx2::dropout;

@@ -13,6 +13,11 @@ void nf4_quantize_scales(const float* absmax, float offset, const NF4Bytes& out,
 void nf4_dequantize(const NF4Bytes& weight, const TensorView& out, std::int64_t begin,
                     std::int64_t end);
 
+void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
+                const TensorView& y, int num_threads);
+void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
+                           int num_threads);
+
 void lora_forward(const LoRAForward& arguments, int num_threads);
 void lora_backward(const LoRABackward& arguments, int num_threads);
 

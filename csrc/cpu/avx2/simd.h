@@ -92,6 +92,13 @@ struct Simd {
     return load(all);
   }
 
+  /// table[index[i]].
+  QLORA_INLINE static Floats gather(const float* table, const std::uint8_t* index) {
+    const __m256i lane_index =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
+    return {_mm256_i32gather_ps(table, lane_index, 4)};
+  }
+
   QLORA_INLINE static void store(float* p, Floats a) { _mm256_storeu_ps(p, a.v); }
   QLORA_INLINE static void store(BFloat16* p, Floats a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bfloat16(a));

@@ -16,22 +16,10 @@
 #include <cstdint>
 
 #include "cpu/avx512/simd.h"
-#include "format/nf4_layout.h"
+#include "cpu/simd/nf4_chunks.h"
 
 namespace qlora::avx512 {
 namespace {
-
-constexpr std::int64_t chunk_weights = 128;
-constexpr std::int64_t half_chunk_weights = 64;
-
-/// Whether there are weights, in rows of whole halves of chunks, each within one quantisation block.
-inline bool is_chunked(const NF4Bytes& weight) {
-  return weight.n > 0 && weight.k > 0 && weight.k % half_chunk_weights == 0 &&
-         weight.block_size >= half_chunk_weights;
-}
-
-/// The halves of chunks in a row of a weight that is_chunked.
-inline std::int64_t half_chunks_of(const NF4Bytes& weight) { return weight.k / half_chunk_weights; }
 
 /// One chunk of each of `rows` rows of W, to be decoded. Strides go from row to row.
 struct ChunkOfRows {
@@ -42,45 +30,6 @@ struct ChunkOfRows {
   bool is_whole;       // else its first half is there
   std::int64_t ahead;  // bytes to codes that will be wanted soon
 };
-
-/// Scales of blocks [first, first + count) in fp32.
-inline void decode_scales(const NF4Bytes& weight, std::int64_t first, std::int64_t count,
-                          float* out) {
-  if (weight.nested_offset == nullptr) {
-    __builtin_memcpy(out, weight.absmax + 4 * first, static_cast<std::size_t>(4 * count));
-    return;
-  }
-  const __m512 offset = _mm512_set1_ps(load_float(weight.nested_offset, 0));
-  for (std::int64_t done = 0; done < count;) {
-    const std::int64_t block = first + done;
-    const std::int64_t group = block / nf4_blocks_per_nested_block;
-    const std::int64_t group_end = (group + 1) * nf4_blocks_per_nested_block;
-    std::int64_t run = count - done;
-    if (run > group_end - block) run = group_end - block;
-    if (run > 16) run = 16;
-    const auto lanes = static_cast<__mmask16>((1u << run) - 1u);
-    const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, weight.absmax + block));
-    const __m512 values = _mm512_i32gather_ps(codes, signed_dynamic_map.values.data(), 4);
-    const __m512 group_absmax = _mm512_set1_ps(load_float(weight.nested_absmax, group));
-    _mm512_mask_storeu_ps(out + done, lanes,
-                          _mm512_add_ps(_mm512_mul_ps(values, group_absmax), offset));
-    done += run;
-  }
-}
-
-/// The scale of every half chunk of rows [begin, end) of W.
-inline void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_t end,
-                                     float* out) {
-  const std::int64_t first = begin * half_chunks_of(w), last = end * half_chunks_of(w);
-  if (w.block_size == half_chunk_weights) return decode_scales(w, first, last - first, out);
-  const std::int64_t halves_per_block = w.block_size / half_chunk_weights;
-  for (std::int64_t h = first; h < last;) {
-    float scale;
-    decode_scales(w, h / halves_per_block, 1, &scale);
-    const std::int64_t block_end = (h / halves_per_block + 1) * halves_per_block;
-    for (; h < last && h < block_end; ++h) *out++ = scale;
-  }
-}
 
 /// The codes of a chunk, or of its first half with zeros after it.
 template <bool is_whole>

@@ -86,6 +86,13 @@ struct Simd {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p))};
   }
 
+  /// table[index[i]].
+  QLORA_INLINE static Floats gather(const float* table, const std::uint8_t* index) {
+    const __m512i lane_index =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+    return {_mm512_i32gather_ps(lane_index, table, 4)};
+  }
+
   QLORA_INLINE static void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
   QLORA_INLINE static void store(BFloat16* p, Floats a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(a));

@@ -11,9 +11,7 @@
 #include "cpu/avx512/nf4_decode.h"
 #include "cpu/avx512/tile_layout.h"
 #include "cpu/avx512/transpose.h"
-#include "cpu/thread_pool.h"
-#include "cpu/work_split.h"
-#include "cpu/workspace.h"
+#include "cpu/simd/nf4_chunks.h"
 
 namespace qlora::avx512 {
 namespace {
@@ -29,13 +27,6 @@ constexpr std::int64_t sums_at_once = 512;
 // Token tiles whose packed activations fit into L2 whole (512 KB at k = 4096): W is then better read
 // row by row, once.
 constexpr std::int64_t few_token_tiles = 4;
-
-inline float* float_workspace(Workspace purpose, std::int64_t count) {
-  return static_cast<float*>(
-      thread_workspace(purpose, static_cast<std::size_t>(count) * sizeof(float)));
-}
-
-constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 /// sums of all pairs of tiles: `weight_tiles` of W (rows or columns) with `token_tiles`.
 template <typename Engine, bool weight_is_rows>
@@ -67,18 +58,6 @@ void multiply_panel(const float* panel, const float* packed, std::int64_t packed
       });
     }
   }
-}
-
-/// The scale of every half chunk of W, decoded by all threads.
-inline const float* decode_all_scales(const NF4Bytes& w, int num_threads) {
-  // An odd number of halves is read as an even one.
-  float* const scales = float_workspace(Workspace::scales, w.n * half_chunks_of(w) + 1);
-  scales[w.n * half_chunks_of(w)] = 0.0f;
-  parallel_for(num_threads, w.n, grain_for(half_chunks_of(w)),
-               [&](std::int64_t begin, std::int64_t end) {
-                 decode_half_chunk_scales(w, begin, end, scales + begin * half_chunks_of(w));
-               });
-  return scales;
 }
 
 // ---- forward
@@ -164,7 +143,7 @@ template <typename Engine, auto rows_kernel = forward_rows<Engine>>
 void forward(const typename Engine::Activation* x, const NF4Bytes& w,
              const typename Engine::Activation* bias, typename Engine::Activation* y,
              std::int64_t m_total, int num_threads) {
-  const float* const scales = decode_all_scales(w, num_threads);
+  const float* const scales = decode_all_scales<typename Engine::Simd>(w, num_threads);
   const std::int64_t chunks = ceil_divide(w.k, chunk_weights);
   const std::int64_t chunk_floats = Engine::tiles_per_inner_chunk * tile_floats;
   for (std::int64_t first = 0; first < m_total; first += tokens_per_pass) {
@@ -255,7 +234,7 @@ void grad_input_columns(const NF4Bytes& w, const float* scales, const float* pac
 template <typename Engine>
 void grad_input(const typename Engine::Activation* dy, const NF4Bytes& w,
                 typename Engine::Activation* dx, std::int64_t m_total, int num_threads) {
-  const float* const scales = decode_all_scales(w, num_threads);
+  const float* const scales = decode_all_scales<typename Engine::Simd>(w, num_threads);
   const std::int64_t inner_tiles = ceil_divide(w.n, Engine::inner_per_tile);
   for (std::int64_t first = 0; first < m_total; first += tokens_per_pass) {
     const std::int64_t m = least(tokens_per_pass, m_total - first);

@@ -74,7 +74,7 @@ struct DotProductEngine : avx512::BFloat16Tiles {
 
 void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& bias,
                 const TensorView& y, int num_threads) {
-  if (x.dtype != DType::bfloat16 || !avx512::is_chunked(weight)) {
+  if (x.dtype != DType::bfloat16 || !is_chunked(weight)) {
     return avx512_kernels().nf4_linear(x, weight, bias, y, num_threads);
   }
   const auto forward = x.shape[0] <= avx512::few_tokens ? avx512::forward_few<DotProductEngine>
@@ -85,7 +85,7 @@ void nf4_linear(const TensorView& x, const NF4Bytes& weight, const TensorView& b
 
 void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const TensorView& dx,
                            int num_threads) {
-  if (dy.dtype != DType::bfloat16 || !avx512::is_chunked(weight)) {
+  if (dy.dtype != DType::bfloat16 || !is_chunked(weight)) {
     return avx512_kernels().nf4_linear_grad_input(dy, weight, dx, num_threads);
   }
   avx512::grad_input<DotProductEngine>(dy.as<const BFloat16>(), weight, dx.as<BFloat16>(),
