@@ -93,6 +93,9 @@ struct TensorView {
   }
 };
 
+/// Out of line, so that kernels compiled for an instruction set share no code with others.
+[[noreturn]] void throw_no_float_kernel(DType dtype);
+
 /// Calls `function` with a value of the C++ type of a floating-point dtype: the one place that maps
 /// the two.
 template <typename Function>
@@ -101,7 +104,7 @@ decltype(auto) with_float_type(DType dtype, Function&& function) {
     case DType::float32: return function(float{});
     case DType::bfloat16: return function(BFloat16{});
     case DType::float16: return function(Float16{});
-    default: throw Unsupported(message("no floating-point kernel for dtype ", dtype));
+    default: throw_no_float_kernel(dtype);
   }
 }
 

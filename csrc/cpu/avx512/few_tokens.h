@@ -76,12 +76,12 @@ void dot_range(const NF4Bytes& w, const float* packed, const typename Engine::Ac
       Workspace::scales, static_cast<std::size_t>(2 * halves + 2) * sizeof(float)));
   std::int64_t j = begin;
   for (; j + 1 < end; j += 2) {
-    decode_half_chunk_scales<Simd>(w, j, j + 2, scales - j * halves);
+    decode_half_chunk_scales<Simd>(w, j, j + 2, scales);
     scales[2 * halves] = 0.0f;  // read where the last chunk is half a one
     dot_rows<Engine, 2, token_count>(w, j, scales, halves, packed, bias, y);
   }
   if (j < end) {
-    decode_half_chunk_scales<Simd>(w, j, j + 1, scales - j * halves);
+    decode_half_chunk_scales<Simd>(w, j, j + 1, scales);
     scales[halves] = 0.0f;
     dot_rows<Engine, 1, token_count>(w, j, scales, halves, packed, bias, y);
   }

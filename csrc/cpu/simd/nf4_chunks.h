@@ -78,13 +78,13 @@ template <typename Simd>
 void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_t end, float* out) {
   const std::int64_t first = begin * half_chunks_of(w), last = end * half_chunks_of(w);
   if (w.block_size == half_chunk_weights) {
-    return decode_scales<Simd>(w, first, last - first, out + first);
+    return decode_scales<Simd>(w, first, last - first, out);
   }
   const std::int64_t halves_per_block = w.block_size / half_chunk_weights;
   for (std::int64_t h = first; h < last;) {
     const float scale = decode_scale(w, h / halves_per_block);
     const std::int64_t block_end = least((h / halves_per_block + 1) * halves_per_block, last);
-    for (; h < block_end; ++h) out[h] = scale;
+    for (; h < block_end; ++h) *out++ = scale;
   }
 }
 
@@ -95,7 +95,7 @@ const float* decode_all_scales(const NF4Bytes& w, int num_threads) {
   scales[w.n * half_chunks_of(w)] = 0.0f;
   parallel_for(num_threads, w.n, grain_for(half_chunks_of(w)),
                [&](std::int64_t begin, std::int64_t end) {
-                 decode_half_chunk_scales<Simd>(w, begin, end, scales);
+                 decode_half_chunk_scales<Simd>(w, begin, end, scales + begin * half_chunks_of(w));
                });
   return scales;
 }
