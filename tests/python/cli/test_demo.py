@@ -10,6 +10,9 @@ from qlora_native.cli import demo
 from qlora_native.cli.demo import DemoSettings, run_demo
 from qlora_native.cli.tiny_llama import BaseModelSettings
 
+# A run that all tests share and one that a test repeats must take the same kernels.
+pytestmark = pytest.mark.real_kernel_choice
+
 TINY = DemoSettings(
     base=BaseModelSettings(
         hidden_size=64,
