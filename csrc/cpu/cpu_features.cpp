@@ -37,7 +37,7 @@ std::uint64_t enabled_states() {
   return std::uint64_t{high} << 32 | low;
 }
 
-/// Linux hands out the 8 KB of tile state on request only; threads started later inherit it.
+/// Linux hands out the 8 KB of tile state on request only, to the process.
 bool request_tile_state() {
 #if defined(__linux__)
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA

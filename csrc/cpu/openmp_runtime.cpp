@@ -17,8 +17,11 @@ int find_runtime(dl_phdr_info* library, std::size_t, void* found) {
   const std::string name = path.substr(path.rfind('/') + 1);
   const auto starts_with = [&](const char* prefix) { return name.rfind(prefix, 0) == 0; };
   if (!starts_with("libgomp") && !starts_with("libiomp5") && !starts_with("libomp")) return 0;
-  *static_cast<std::string*>(found) = path;
-  return path.find("/torch") != std::string::npos;  // not 0: stop looking
+  const bool is_torchs = path.find("/torch/lib/") != std::string::npos ||
+                         path.find("/torch.libs/") != std::string::npos;
+  auto& first = *static_cast<std::string*>(found);
+  if (first.empty() || is_torchs) first = path;
+  return is_torchs;  // not 0: stop looking
 }
 
 OpenMPParallel look_up() {

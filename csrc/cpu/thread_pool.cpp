@@ -119,15 +119,12 @@ void start_over_in_child() {
   start_fresh_pool();
 }
 
-ThreadPool& pool() {
-  static const bool is_started = [] {
-    start_fresh_pool();
-    pthread_atfork(nullptr, nullptr, start_over_in_child);
-    return true;
-  }();
-  static_cast<void>(is_started);
-  return *process_pool;
-}
+// When the library is loaded: a process may fork before its first call of parallel_for, and after
+// torch's first parallel operation.
+[[maybe_unused]] const bool is_watching_forks = [] {
+  start_fresh_pool();
+  return pthread_atfork(nullptr, nullptr, start_over_in_child) == 0;
+}();
 
 thread_local bool is_inside_job = false;
 
@@ -154,7 +151,6 @@ void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, Range
   const std::int64_t piece_grains =
       std::max<std::int64_t>(1, grain_count / (threads * pieces_per_thread));
   Job job(count, piece_grains * grain, body);
-  ThreadPool& own_pool = pool();
   // GNU's OpenMP hangs in a forked child of a process that has used it, as torch's own operations do
   // there unless torch.set_num_threads(1) came first.
   const OpenMPParallel openmp = is_forked_child ? nullptr : openmp_parallel();
@@ -162,7 +158,7 @@ void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, Range
     openmp(work_as_openmp_thread, &job, static_cast<unsigned>(threads), 0);
   } else {
     const InsideJob inside;
-    if (!own_pool.try_run(job, threads - 1)) job.work();
+    if (!process_pool->try_run(job, threads - 1)) job.work();
   }
   job.rethrow_error();
 }

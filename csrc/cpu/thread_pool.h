@@ -30,9 +30,9 @@ class RangeFunction {
 /// threads, and returns when all are done. Pieces are multiples of `grain` long but for the last.
 /// An exception in a piece is rethrown here.
 ///
-/// The results must not depend on where the pieces are cut. A call made while another thread uses
-/// the pool, or from within a piece, runs on its own thread alone. A forked child starts with a
-/// pool of its own.
+/// The results must not depend on where the pieces are cut. A call from within a piece runs on its own
+/// thread alone, as does, without OpenMP, one that is made while another thread uses the pool. A
+/// forked child starts with a pool of its own.
 void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, RangeFunction body);
 
 }  // namespace qlora

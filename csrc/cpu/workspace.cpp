@@ -30,7 +30,7 @@ void* thread_workspace(Workspace purpose, std::size_t bytes) {
     buffer.memory.reset();  // or the old and the new would exist at once
     buffer.bytes = 0;
     const std::size_t alignment = bytes < huge_page_bytes ? page_bytes : huge_page_bytes;
-    const std::size_t rounded = (bytes + alignment) / alignment * alignment;
+    const std::size_t rounded = (bytes / alignment + 1) * alignment;  // never 0
     buffer.memory.reset(std::aligned_alloc(alignment, rounded));
     if (!buffer.memory) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)

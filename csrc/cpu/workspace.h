@@ -10,7 +10,7 @@ namespace qlora {
 enum class Workspace { packed_activations, weight_panel, scales, sums, lora_call, lora_chunk };
 inline constexpr int workspace_count = 6;
 
-/// At least `bytes` bytes of this thread's, aligned to a page, with what was in them before. They
+/// At least `bytes` bytes of this thread's, aligned to a page, with anything in them. They
 /// stay valid until the next call with the same `purpose`. Throws std::bad_alloc.
 void* thread_workspace(Workspace purpose, std::size_t bytes);
 

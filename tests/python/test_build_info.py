@@ -90,6 +90,23 @@ print(sorted(optional & set(sys.modules)))
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_the_first_core_call_may_be_in_a_forked_child_of_a_process_that_used_torchs_threads():
+    code = """
+import os, signal, torch, qlora_native
+torch.set_num_threads(4)
+w = torch.randn(512, 512)
+(torch.zeros(1 << 20) + 1).sum()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    qlora_native.nf4_quantize(w)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_core_call_from_many_threads_and_after_a_fork_works():
     code = """
 import os, threading, torch, qlora_native

@@ -30,6 +30,7 @@ struct TileMultiplier {
     const std::int64_t a_line = p.a_stride * 2, sums_line = p.sums_stride * 4;
     float* const sums0 = p.sums;
     float* const sums1 = p.sums + 16 * p.sums_stride;
+    publish_stores();
     if (p.is_first) {
       _tile_zero(0);
       if (two_columns) _tile_zero(1);

@@ -31,6 +31,7 @@ struct TileEngine : avx512::BFloat16Tiles {
     constexpr int line = 64;  // bytes
     float* const sums0 = p.sums;
     float* const sums1 = p.sums + p.sums_row_stride;
+    publish_stores();
     if (p.is_first) {
       _tile_zero(0);
       if (two_columns) _tile_zero(1);

@@ -3,6 +3,7 @@
 // vector units nothing, and W is read at the speed of decoding.
 #pragma once
 
+#include "cpu/amx/tile_configuration.h"
 #include "cpu/avx512/tile_product.h"
 #include "cpu/avx512_bf16/bfloat16_tiles.h"
 
@@ -23,6 +24,7 @@ void forward_pair(const NF4Bytes& w, const float* scales, const float* packed, s
   if (row_tiles == 2) _tile_zero(1);
   const auto multiply = [&](std::int64_t c, std::int64_t s) __attribute__((always_inline)) {
     const float* const a = decoded[c % 2] + s * tile_floats;
+    publish_stores();
     _tile_loadd(6, packed + (c * tiles + s) * tile_floats, line);
     _tile_loadd(4, a, line);
     _tile_dpbf16ps(0, 4, 6);

@@ -25,5 +25,9 @@ QLORA_INLINE void configure_tiles() {
   _tile_loadconfig(&configuration);
 }
 
+/// Before tile loads: the compiler does not see that they read memory (GCC's _tile_loadd has no
+/// clobber), and might store later what they are to load.
+QLORA_INLINE void publish_stores() { __asm__ volatile("" ::: "memory"); }
+
 }  // namespace
 }  // namespace qlora::amx

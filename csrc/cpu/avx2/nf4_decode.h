@@ -63,11 +63,9 @@ QLORA_INLINE __m256i round_through(__m256 v) {
   }
 }
 
-/// The table of a block of absmax `scale`.
+/// The table of a block of absmax `scale`, which as a NaN has no payload (decode_scale).
 template <typename T>
 QLORA_INLINE DecodeTable<T> make_decode_table(float scale) {
-  if (scale != scale) [[unlikely]]
-    scale = __builtin_nanf("");  // without a payload
   DecodeTable<T> table;
   const __m256 values0 = _mm256_mul_ps(_mm256_load_ps(levels0), _mm256_set1_ps(scale));
   const __m256 values1 = _mm256_mul_ps(_mm256_load_ps(levels1), _mm256_set1_ps(scale));

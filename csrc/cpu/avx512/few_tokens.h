@@ -21,12 +21,18 @@ QLORA_INLINE void dot_rows(const NF4Bytes& w, std::int64_t j, const float* scale
                            const typename Engine::Activation* bias,
                            typename Engine::Activation* y) {
   constexpr int planes = Engine::planes;
-  // Independent chains of sums: enough to hide the latency of one.
-  constexpr int chains = row_count * token_count >= 8 ? 1 : row_count * token_count >= 4 ? 2 : 4;
-  constexpr std::int64_t bytes_ahead = 4096;
+  // Chains of sums of a row, so that those of all rows hide the latency of one. Not by row_count: a
+  // row's sums must not depend on where threads cut W.
+  constexpr int chains = token_count >= 4 ? 1 : 2;
   const std::int64_t chunks = ceil_divide(w.k, chunk_weights), whole = w.k / chunk_weights;
   const std::int64_t token_stride = chunks * planes * 16;
-  const std::uint8_t* const codes = w.codes + j * w.k / 2;
+  constexpr std::int64_t chunk_bytes = chunk_weights / 2, chunks_ahead = 64;
+  const std::int64_t row_bytes = w.k / 2;
+  // Behind the end of a row: the same place of the rows that come after these, or, of long rows, their
+  // beginning.
+  const std::int64_t to_next_rows =
+      row_count * row_bytes + (chunks > chunks_ahead ? (chunks_ahead - chunks) * chunk_bytes : 0);
+  const std::uint8_t* const codes = w.codes + j * row_bytes;
   __m512 sums[row_count][token_count][chains];
   for (auto& row : sums) {
     for (auto& token : row) {
@@ -34,23 +40,21 @@ QLORA_INLINE void dot_rows(const NF4Bytes& w, std::int64_t j, const float* scale
     }
   }
   const auto multiply_chunk = [&]<bool is_whole>(std::int64_t c) __attribute__((always_inline)) {
-    typename Engine::Planes decoded[row_count];
-#pragma GCC unroll 2
-    for (int r = 0; r < row_count; ++r) {
-      const std::uint8_t* const row_codes = codes + r * w.k / 2 + c * (chunk_weights / 2);
-      const float* const scale = scales + r * scales_stride + 2 * c;
-      Engine::decode(load_codes<is_whole>(row_codes, bytes_ahead), scale[0], scale[1], decoded[r]);
-    }
     const float* const x = packed + c * planes * 16;
+    const std::int64_t ahead =
+        c + chunks_ahead < chunks ? chunks_ahead * chunk_bytes : to_next_rows;
+#pragma GCC unroll 4
+    for (int r = 0; r < row_count; ++r) {
+      const float* const scale = scales + r * scales_stride + 2 * c;
+      typename Engine::Planes decoded;
+      Engine::decode(load_codes<is_whole>(codes + r * row_bytes + c * chunk_bytes, ahead), scale[0],
+                     is_whole ? scale[1] : 0.0f, decoded);
 #pragma GCC unroll 8
-    for (int s = 0; s < planes; ++s) {
+      for (int s = 0; s < planes; ++s) {
 #pragma GCC unroll 8
-      for (int t = 0; t < token_count; ++t) {
-        const __m512 activations = _mm512_load_ps(x + t * token_stride + s * 16);
-#pragma GCC unroll 2
-        for (int r = 0; r < row_count; ++r) {
+        for (int t = 0; t < token_count; ++t) {
           __m512& sum = sums[r][t][s % chains];
-          sum = Engine::accumulate(sum, decoded[r][s], activations);
+          sum = Engine::accumulate(sum, decoded[s], _mm512_load_ps(x + t * token_stride + s * 16));
         }
       }
     }
@@ -71,18 +75,17 @@ QLORA_INLINE void dot_rows(const NF4Bytes& w, std::int64_t j, const float* scale
 template <typename Engine, int token_count>
 void dot_range(const NF4Bytes& w, const float* packed, const typename Engine::Activation* bias,
                typename Engine::Activation* y, std::int64_t begin, std::int64_t end) {
+  // Rows at a time are streams from memory: the more of them, the nearer to its bandwidth.
+  constexpr int rows = token_count <= 2 ? 4 : 2;
   const std::int64_t halves = half_chunks_of(w);
-  float* const scales = static_cast<float*>(thread_workspace(
-      Workspace::scales, static_cast<std::size_t>(2 * halves + 2) * sizeof(float)));
+  float* const scales = float_workspace(Workspace::scales, rows * halves);
   std::int64_t j = begin;
-  for (; j + 1 < end; j += 2) {
-    decode_half_chunk_scales<Simd>(w, j, j + 2, scales);
-    scales[2 * halves] = 0.0f;  // read where the last chunk is half a one
-    dot_rows<Engine, 2, token_count>(w, j, scales, halves, packed, bias, y);
+  for (; j + rows <= end; j += rows) {
+    decode_half_chunk_scales<Simd>(w, j, j + rows, scales);
+    dot_rows<Engine, rows, token_count>(w, j, scales, halves, packed, bias, y);
   }
-  if (j < end) {
+  for (; j < end; ++j) {
     decode_half_chunk_scales<Simd>(w, j, j + 1, scales);
-    scales[halves] = 0.0f;
     dot_rows<Engine, 1, token_count>(w, j, scales, halves, packed, bias, y);
   }
 }

@@ -1,4 +1,4 @@
-// Tiles of fp32 for AVX-512, of activations in any float dtype T: what cpu/simd/tile_product.h asks
+// Tiles of fp32 for AVX-512, of activations in any float dtype T: what tile_product.h asks
 // of an engine.
 #pragma once
 
@@ -109,7 +109,8 @@ struct FloatEngine {
     const float* scales = w.scales;
     for (std::int64_t row = 0; row < w.rows; ++row) {
       __m512 planes[8];
-      decode_floats<T>(load_codes<is_whole>(codes, w.ahead), scales[0], scales[1], planes);
+      decode_floats<T>(load_codes<is_whole>(codes, w.ahead), scales[0], is_whole ? scales[1] : 0.0f,
+                       planes);
 #pragma GCC unroll 8
       for (int s = 0; s < 8; ++s) _mm512_store_ps(tiles + s * tile_stride + row * 16, planes[s]);
       codes += w.codes_stride;

@@ -32,9 +32,9 @@ struct ChunkOfRows {
 };
 
 /// The codes of a chunk, or of its first half with zeros after it.
+/// (The codes after it are then code 0: their scale must be 0, not that of the next row.)
 template <bool is_whole>
 QLORA_INLINE __m512i load_codes(const std::uint8_t* codes, std::int64_t ahead) {
-  // Into L2: its queue holds more misses than L1's.
   _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
   __m512i loaded;
   if constexpr (is_whole) {

@@ -28,6 +28,15 @@ constexpr std::int64_t sums_at_once = 512;
 // row by row, once.
 constexpr std::int64_t few_token_tiles = 4;
 
+/// An engine's state in a thread: tile registers, where it has any.
+template <typename Engine>
+struct EngineScope {
+  EngineScope() { Engine::begin(); }
+  ~EngineScope() { Engine::end(); }
+  EngineScope(const EngineScope&) = delete;
+  EngineScope& operator=(const EngineScope&) = delete;
+};
+
 /// sums of all pairs of tiles: `weight_tiles` of W (rows or columns) with `token_tiles`.
 template <typename Engine, bool weight_is_rows>
 void multiply_panel(const float* panel, const float* packed, std::int64_t packed_stride,
@@ -160,9 +169,8 @@ void forward(const typename Engine::Activation* x, const NF4Bytes& w,
       }
     });
     parallel_for(num_threads, ceil_divide(w.n, 16), 2, [&](std::int64_t begin, std::int64_t end) {
-      Engine::begin();
+      const EngineScope<Engine> scope;
       rows_kernel(w, scales, packed, bias, y + first * w.n, m, begin, end);
-      Engine::end();
     });
   }
 }
@@ -253,9 +261,8 @@ void grad_input(const typename Engine::Activation* dy, const NF4Bytes& w,
                  });
     parallel_for(num_threads, ceil_divide(w.k, chunk_weights), 1,
                  [&](std::int64_t begin, std::int64_t end) {
-                   Engine::begin();
+                   const EngineScope<Engine> scope;
                    grad_input_columns<Engine>(w, scales, packed, dx + first * w.k, m, begin, end);
-                   Engine::end();
                  });
   }
 }

@@ -120,7 +120,8 @@ struct BFloat16Tiles {
     const float* scales = w.scales;
     for (std::int64_t row = 0; row < w.rows; ++row) {
       __m512i planes[4];
-      decode_bfloat16(load_codes<is_whole>(codes, w.ahead), scales[0], scales[1], planes);
+      decode_bfloat16(load_codes<is_whole>(codes, w.ahead), scales[0], is_whole ? scales[1] : 0.0f,
+                      planes);
 #pragma GCC unroll 4
       for (int s = 0; s < 4; ++s) _mm512_store_si512(tiles + s * tile_floats + row * 16, planes[s]);
       codes += w.codes_stride;
@@ -141,11 +142,13 @@ struct BFloat16Tiles {
     for (std::int64_t row = 0; row < 32; row += 2) {
       __m512i even[4] = {}, odd[4] = {};
       if (row < w.rows) {
-        decode_bfloat16(load_codes<is_whole>(codes, w.ahead), scales[0], scales[1], even);
+        decode_bfloat16(load_codes<is_whole>(codes, w.ahead), scales[0],
+                        is_whole ? scales[1] : 0.0f, even);
       }
       if (row + 1 < w.rows) {
         decode_bfloat16(load_codes<is_whole>(codes + w.codes_stride, w.ahead),
-                        scales[w.scales_stride], scales[w.scales_stride + 1], odd);
+                        scales[w.scales_stride], is_whole ? scales[w.scales_stride + 1] : 0.0f,
+                        odd);
       }
       float* out = tiles + row / 2 * 16;
 #pragma GCC unroll 4

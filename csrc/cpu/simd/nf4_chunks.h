@@ -88,7 +88,8 @@ void decode_half_chunk_scales(const NF4Bytes& w, std::int64_t begin, std::int64_
   }
 }
 
-/// All of them, by all threads, and a zero after them: the last chunk of W may be half of one.
+/// All of them, by all threads, and a zero after them, which AVX2 reads where the last chunk of W is
+/// half of one.
 template <typename Simd>
 const float* decode_all_scales(const NF4Bytes& w, int num_threads) {
   float* const scales = float_workspace(Workspace::scales, w.n * half_chunks_of(w) + 1);

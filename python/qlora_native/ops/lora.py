@@ -1,5 +1,6 @@
 """A frozen base and its LoRA update as one autograd node: `torch.ops.qlora_native.lora_linear`."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +141,7 @@ def forward(
     lora_a, lora_b, _, scaling, _ = factors
     dropped = _dropped(x, factors)
     if lora_prefers_native(x):
-        t = x.new_empty(x.numel() // x.shape[-1], lora_a.shape[0])
+        t = x.new_empty(x.shape[:-1].numel(), lora_a.shape[0])
         _core.lora_forward(
             dropped, in_memory(lora_a), in_memory(lora_b), scaling, t, y, *execution(x)
         )
@@ -321,8 +322,8 @@ def _lora_linear_op(
 def _(
     x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    n, k = lora_b.shape[0], lora_a.shape[1]
-    return x.new_empty(*x.shape[:-1], n), x.new_empty(x.numel() // k, lora_a.shape[0])
+    n = lora_b.shape[0]
+    return x.new_empty(*x.shape[:-1], n), x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0])
 
 
 @torch.library.custom_op(

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_native import _core
-from qlora_native.ops.storage import FLOAT_DTYPES, PLAIN_TYPES, execution
+from qlora_native.ops.storage import FLOAT_DTYPES, PLAIN_TYPES, execution, in_memory
 
 _BLOCK = 256  # elements of 8-bit state that share a scale
 _SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize")
@@ -213,9 +213,9 @@ class PagedAdamW(torch.optim.Optimizer):
                 self._init_state(param, self.state[param], is_8bit)
         states = [self.state[param] for param in params]
         local = [_local(param) for param in params]
-        # The core wants contiguous memory; a parameter that is not is stepped as a copy.
-        dense = [param.contiguous() for param in local]
-        grads = [_local(param.grad).contiguous() for param in params]
+        # The core wants plain memory; a parameter that is not is stepped as a copy.
+        dense = [in_memory(param) for param in local]
+        grads = [in_memory(_local(param.grad)) for param in params]
         names = _STATE_8BIT if is_8bit else _STATE_32BIT
         num_threads, stream = execution(dense[0])
         beta1, beta2 = group["betas"]

@@ -109,6 +109,24 @@ TEST_P(CpuNF4Linear, ScaleOfNaNGivesNaN) {
   }
 }
 
+TEST_P(CpuNF4Linear, ScaleOfNaNStaysInItsRow) {
+  if (is_nested) GTEST_SKIP() << "a nested scale is that of many rows";
+  constexpr std::int64_t n = 5, k = 192, bad_row = 2;  // a chunk of 128 and half a one
+  StoredWeight weight = StoredWeight::random(n, k, 64, false, generator);
+  const auto first = static_cast<std::ptrdiff_t>(bad_row * k / 64 * sizeof(float));
+  std::fill_n(weight.absmax.bytes().begin() + first, sizeof(float), std::uint8_t{0xff});
+  for (const std::int64_t m : {1, 3, 9, 16, 40}) {
+    HostTensor x = HostTensor::random(dtype, {m, k}, generator);
+    HostTensor y(dtype, {m, n}, std::vector<double>(static_cast<std::size_t>(m * n)));
+    nf4_linear(x.view(), weight.view(), {}, y.view(), {});
+    for (std::int64_t i = 0; i < m; ++i) {
+      for (std::int64_t j = 0; j < n; ++j) {
+        EXPECT_EQ(std::isnan(y[i * n + j]), j == bad_row) << m << " tokens: " << i << ", " << j;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Dtypes, CpuNF4Linear, testing::Combine(float_dtypes, testing::Bool()),
                          [](const auto& instance) {
                            return std::string(name_of(std::get<0>(instance.param))) +
