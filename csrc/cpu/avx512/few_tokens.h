@@ -10,7 +10,7 @@
 namespace qlora::avx512 {
 namespace {
 
-// Beyond, tiles are as fast (measured with AMX at 4096 x 4096; their cost hardly grows up to 16).
+// Beyond, tiles are faster: by vdpbf16ps at 4096 x 4096, 2.0 ms for 8 tokens here, 3.3 for 16 there.
 constexpr std::int64_t few_tokens = 8;
 
 /// Rows j to j + row_count - 1 of W with all tokens. The engine's vectors of x are [token][chunk]
