@@ -62,8 +62,8 @@ void launch_quantize_blocks(const TensorView& w, const NF4Weight& out, float* ab
   const std::int64_t tiles = out.block_size > elements_per_step<T>
                                  ? block_count(out)
                                  : tile_count<T>(element_count(out), quantize_steps_per_tile);
-  launch("nf4_quantize", choose_quantize_kernel<T>(out.block_size), thread_blocks_for_tiles(tiles),
-         threads_per_thread_block, stream, arguments);
+  launch("nf4_quantize", choose_quantize_kernel<T>(out.block_size),
+         {thread_blocks_for_tiles(tiles), threads_per_thread_block}, stream, arguments);
 }
 
 void launch_quantize_scales(const NF4Weight& out, const NF4QuantizeScratch& scratch,
@@ -73,15 +73,17 @@ void launch_quantize_scales(const NF4Weight& out, const NF4QuantizeScratch& scra
   float* const offset = out.nested_offset.as<float>();
   if (groups > 0) {
     launch("nf4_quantize: sums of the scales", nf4_sum_scales_kernel,
-           thread_blocks_for_items(groups, threads_per_sum_block), threads_per_sum_block, stream,
+           {thread_blocks_for_items(groups, threads_per_sum_block), threads_per_sum_block}, stream,
            scratch.absmax, scratch.sums, blocks);
   }
-  launch("nf4_quantize: mean of the scales", nf4_mean_of_scales_kernel, 1, lanes_per_warp, stream,
+  launch("nf4_quantize: mean of the scales", nf4_mean_of_scales_kernel, {1, lanes_per_warp}, stream,
          scratch.sums, blocks, offset);
   if (groups > 0) {
     launch("nf4_quantize: nested scales", nf4_quantize_scales_kernel,
-           thread_blocks_for_items(groups, 1), threads_per_scale_block, stream, scratch.absmax,
-           offset, out.absmax.as<std::uint8_t>(), out.nested_absmax.as<float>(), blocks);
+           {thread_blocks_for_items(groups, 1), threads_per_scale_block,
+            warps_per_scale_block * static_cast<int>(sizeof(float))},
+           stream, scratch.absmax, offset, out.absmax.as<std::uint8_t>(),
+           out.nested_absmax.as<float>(), blocks);
   }
 }
 
@@ -97,7 +99,7 @@ void launch_dequantize(const NF4Weight& weight, const TensorView& out, cudaStrea
   const std::int64_t tiles = tile_count<T>(element_count(weight), dequantize_steps_per_tile);
   launch("nf4_dequantize",
          weight.is_nested() ? nf4_dequantize_kernel<T, true> : nf4_dequantize_kernel<T, false>,
-         thread_blocks_for_tiles(tiles), threads_per_thread_block, stream, arguments);
+         {thread_blocks_for_tiles(tiles), threads_per_thread_block}, stream, arguments);
 }
 
 constexpr std::size_t absmax_begin = 16;
@@ -146,7 +148,7 @@ void launch_nf4_dequantize_absmax(const NF4Weight& weight, float* out, cudaStrea
     return;
   }
   launch("nf4_dequantize_absmax", nf4_dequantize_absmax_kernel,
-         thread_blocks_for_items(blocks, threads_per_thread_block), threads_per_thread_block,
+         {thread_blocks_for_items(blocks, threads_per_thread_block), threads_per_thread_block},
          stream, scales_of(weight), out, blocks);
 }
 

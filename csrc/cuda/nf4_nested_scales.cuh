@@ -9,6 +9,7 @@
 
 #include "cuda/nf4_codec_map.h"
 #include "cuda/nf4_decode.cuh"
+#include "cuda/shared_memory.cuh"
 #include "format/block_normalizer.h"
 
 namespace qlora::cuda {
@@ -16,6 +17,7 @@ namespace qlora::cuda {
 // A run takes a thread microseconds: small thread blocks spread the runs over the SMs.
 inline constexpr int threads_per_sum_block = 32;
 inline constexpr int threads_per_scale_block = static_cast<int>(nf4_blocks_per_nested_block);
+inline constexpr int warps_per_scale_block = threads_per_scale_block / lanes_per_warp;
 
 /// sums[g] = absmax[256 g] + ... + absmax[256 g + 255] in fp64, in index order.
 ///
@@ -64,12 +66,11 @@ static __global__ void __launch_bounds__(lanes_per_warp)
 /// q[b] = the entry of the signed dynamic map nearest to (absmax[b] - offset) / nested_absmax[g].
 ///
 ///   absmax fp32 [block_count], q uint8 [block_count], nested_absmax fp32 [ceil(block_count / 256)]
-///   a thread block owns a group, a thread a scale
+///   a thread block owns a group, a thread a scale; shared: fp32 [warps_per_scale_block]
 static __global__ void __launch_bounds__(threads_per_scale_block)
     nf4_quantize_scales_kernel(const float* absmax, const float* offset, std::uint8_t* q,
                                float* nested_absmax, std::int64_t block_count) {
-  constexpr int warps = threads_per_scale_block / lanes_per_warp;
-  __shared__ float maximum_of_warp[warps];
+  const Shared<float> maximum_of_warp = dynamic_shared_memory<float>();
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t groups = nf4_nested_block_count(block_count);
   for (std::int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
@@ -81,10 +82,11 @@ static __global__ void __launch_bounds__(threads_per_scale_block)
     for (int distance = 1; distance < lanes_per_warp; distance *= 2) {
       maximum = fmaxf(maximum, __shfl_xor_sync(all_lanes, maximum, distance));
     }
-    if (thread % lanes_per_warp == 0) maximum_of_warp[thread / lanes_per_warp] = maximum;
+    if (thread % lanes_per_warp == 0) maximum_of_warp.store(thread / lanes_per_warp, maximum);
     __syncthreads();
 #pragma unroll
-    for (int warp = 0; warp < warps; ++warp) maximum = fmaxf(maximum, maximum_of_warp[warp]);
+    for (int warp = 0; warp < warps_per_scale_block; ++warp)
+      maximum = fmaxf(maximum, maximum_of_warp.load(warp));
     __syncthreads();  // all have read before the next group writes
 
     if (block < block_count) {

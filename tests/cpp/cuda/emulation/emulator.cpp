@@ -17,6 +17,8 @@ namespace {
 
 constexpr std::size_t stack_bytes = 256 * 1024;
 constexpr unsigned lanes = 32;
+constexpr std::size_t bytes_per_slot = 64;
+constexpr std::size_t shared_bytes_without_asking = 48 * 1024;
 
 [[noreturn]] void fail(const char* reason) {
   std::fprintf(stderr, "emulator: %s\n", reason);
@@ -31,11 +33,21 @@ struct Rendezvous {
 struct Warp {
   Rendezvous rendezvous;
   // Two sets, used in turn: a lane can be one exchange ahead of another that has still to read.
-  std::array<std::array<std::uint64_t, lanes>, 2> slots;
+  std::array<std::array<std::array<std::byte, bytes_per_slot>, lanes>, 2> slots;
+};
+
+/// A cp.async on its way.
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+  bool is_inside;
 };
 
 struct Fiber {
   ucontext_t context;
+  std::vector<Copy> open_copies;             // of no group yet
+  std::vector<std::vector<Copy>> committed;  // groups that have not landed
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
   bool is_done = false;
 };
@@ -44,6 +56,7 @@ struct ThreadBlock {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Rendezvous rendezvous;
+  std::vector<std::byte> shared;
   ucontext_t scheduler;
   const std::function<void()>* body = nullptr;
   unsigned running = 0;
@@ -105,7 +118,8 @@ void run_fibers(unsigned threads, Index& thread_index) {
   }
 }
 
-void run_thread_block(unsigned threads, Index& thread_index) {
+void run_thread_block(unsigned threads, std::size_t shared_bytes, Index& thread_index) {
+  block.shared.assign(shared_bytes, std::byte{0xff});  // poison
   block.warps.assign((threads + lanes - 1) / lanes, {});
   for (unsigned t = 0; t < threads; ++t) ++block.warps[t / lanes].rendezvous.expected;
   block.rendezvous = {.expected = threads};
@@ -113,6 +127,8 @@ void run_thread_block(unsigned threads, Index& thread_index) {
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = block.fibers[t];
     fiber.is_done = false;
+    fiber.open_copies.clear();
+    fiber.committed.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = stack_bytes;
@@ -128,31 +144,126 @@ Device& device() {
   return the_device;
 }
 
-cudaError_t run(unsigned thread_blocks, unsigned threads, cudaStream_t stream, Index& thread_index,
-                Index& block_index, Index& grid_size, const std::function<void()>& thread) {
-  if (thread_blocks == 0 || threads == 0 || threads > 1024) return cudaErrorInvalidValue;
+cudaError_t run(const Launch& launch, Index& thread_index, Index& block_index, Index& grid_size,
+                const std::function<void()>& thread) {
+  if (launch.thread_blocks == 0 || launch.threads == 0 || launch.threads > 1024) {
+    return cudaErrorInvalidValue;
+  }
+  if (launch.shared_bytes > shared_bytes_without_asking &&
+      launch.shared_bytes > device().shared_bytes_of[launch.kernel]) {
+    return cudaErrorInvalidValue;
+  }
   if (device().launch_error != cudaSuccess) return device().launch_error;
   ++device().launch_count;
-  device().stream = stream;
+  device().stream = launch.stream;
   block.body = &thread;
-  grid_size.x = std::min(thread_blocks, device().max_thread_blocks);
+  grid_size.x = std::min(launch.thread_blocks, device().max_thread_blocks);
   for (block_index.x = 0; block_index.x < grid_size.x; ++block_index.x) {
-    run_thread_block(threads, thread_index);
+    run_thread_block(launch.threads, launch.shared_bytes, thread_index);
   }
   return cudaSuccess;
 }
 
-std::uint64_t exchange_in_warp(unsigned mask, std::uint64_t bits, int source_lane) {
+void wait_for_thread_block() { meet(block.rendezvous); }
+
+void wait_for_warp() { meet(block.warps[block.running / lanes].rendezvous); }
+
+unsigned lane() { return block.running % lanes; }
+
+void gather_in_warp(unsigned mask, const void* mine, std::size_t bytes, void* all) {
   if (mask != 0xffffffff) fail("only exchanges of whole warps are emulated");
+  if (bytes > bytes_per_slot) fail("too many bytes in one exchange");
   Warp& warp = block.warps[block.running / lanes];
   if (warp.rendezvous.expected != lanes) fail("an exchange in a warp of fewer than 32 threads");
   auto& slots = warp.slots[warp.rendezvous.generation % 2];
-  slots[block.running % lanes] = bits;
+  std::memcpy(slots[lane()].data(), mine, bytes);
   meet(warp.rendezvous);
-  return slots[static_cast<std::size_t>(source_lane)];
+  for (std::size_t i = 0; i < lanes; ++i) {
+    std::memcpy(static_cast<std::byte*>(all) + i * bytes, slots[i].data(), bytes);
+  }
 }
 
-void wait_for_thread_block() { meet(block.rendezvous); }
+std::byte* shared_memory() { return block.shared.data(); }
+
+void check_shared_read(const void* address, std::size_t bytes) {
+  const auto* const begin = static_cast<const std::byte*>(address);
+  if (begin < block.shared.data() || begin + bytes > block.shared.data() + block.shared.size()) {
+    fail("an access beyond the thread block's shared memory");
+  }
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) fail("an unaligned access");
+}
+
+void check_shared_write(const void* address, std::size_t bytes) {
+  check_shared_read(address, bytes);
+}
+
+void copy_async(void* to, const void* from, std::size_t bytes, bool is_inside) {
+  check_shared_write(to, bytes);
+  block.fibers[block.running].open_copies.push_back({to, from, bytes, is_inside});
+}
+
+void commit_copies() {
+  Fiber& fiber = block.fibers[block.running];
+  fiber.committed.push_back(std::move(fiber.open_copies));
+  fiber.open_copies.clear();
+}
+
+void wait_for_copies(int pending) {
+  auto& groups = block.fibers[block.running].committed;
+  while (groups.size() > static_cast<std::size_t>(pending)) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.is_inside) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        std::memset(copy.to, 0, copy.bytes);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+void load_matrices(std::uint32_t (&r)[4], const void* row, bool is_transposed) {
+  check_shared_read(row, 16);
+  std::array<std::array<std::uint16_t, 8>, lanes> rows;  // row j of matrix i is rows[8 i + j]
+  gather_in_warp(0xffffffff, row, 16, rows.data());
+  const unsigned i = lane() / 4, j = 2 * (lane() % 4);
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    const auto element = [&](unsigned at_row, unsigned column) {
+      return std::uint32_t{rows[8 * matrix + at_row][column]};
+    };
+    r[matrix] = is_transposed ? element(j, i) | element(j + 1, i) << 16
+                              : element(i, j) | element(i, j + 1) << 16;
+  }
+}
+
+void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                         double (*to_double)(std::uint16_t bits)) {
+  struct Registers {
+    std::uint32_t a[4], b[2];
+  };
+  Registers mine;
+  std::memcpy(mine.a, a, sizeof mine.a);
+  std::memcpy(mine.b, b, sizeof mine.b);
+  std::array<Registers, lanes> all;
+  gather_in_warp(0xffffffff, mine, all);
+  // Transcribed from the PTX manual's tables: where an element of A or B is.
+  const auto half = [](std::uint32_t word, unsigned odd) {
+    return static_cast<std::uint16_t>(word >> 16 * odd);
+  };
+  const auto element_a = [&](unsigned row, unsigned k) {
+    const Registers& holder = all[row % 8 * 4 + k % 8 / 2];
+    return to_double(half(holder.a[row / 8 + k / 8 * 2], k % 2));
+  };
+  const auto element_b = [&](unsigned k, unsigned column) {
+    return to_double(half(all[column * 4 + k % 8 / 2].b[k / 8], k % 2));
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    double sum = 0.0;
+    for (unsigned k = 0; k < 16; ++k) sum += element_a(row, k) * element_b(k, column);
+    d[i] = static_cast<float>(static_cast<double>(d[i]) + sum);
+  }
+}
 
 }  // namespace emulator
 
@@ -197,6 +308,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMemoryPoolsSupported: *value = device().has_memory_pools; break;
   }
   return device().driver_error;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (value > device().max_shared_bytes) return cudaErrorInvalidValue;
+  device().shared_bytes_of[kernel] = static_cast<std::size_t>(value);
+  return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
