@@ -43,29 +43,37 @@ LoRAFactor factor_of(const TensorView& factor) {
 
 std::int64_t rank_tiles(std::int64_t r) { return ceil_divide(r, lora_ranks_per_tile); }
 
+std::int64_t lora_tiles(std::int64_t rows, std::int64_t ranks) {
+  return ceil_divide(rows, lora_tile) * rank_tiles(ranks);
+}
+
 /// A product [rows, ranks] over the wide matrix: t, u or a factor's gradient.
 struct PlannedSums {
   LoRAKernel kernel;
   std::int64_t rows, ranks, steps;
   LoRASplit split = {.parts = 1, .steps_per_part = 0};
 
+  /// `other_tiles`: of products that run at the same time.
   PlannedSums(const TensorView& wide, std::int64_t row_count, std::int64_t rank_count,
-              std::int64_t sum_length)
+              std::int64_t sum_length, std::int64_t other_tiles)
       : kernel(choose_lora_sum_kernel(wide)),
         rows(row_count),
         ranks(rank_count),
         steps(ceil_divide(sum_length, lora_step)) {
-    if (kernel == LoRAKernel::tensor_cores) split = plan_lora_split(tiles(), steps);
+    if (kernel == LoRAKernel::tensor_cores) {
+      split = plan_lora_split(lora_tiles(rows, ranks) + other_tiles, steps);
+    }
   }
 
   bool is_empty() const { return rows == 0 || ranks == 0; }
   bool is_split() const { return split.parts > 1; }
-  std::int64_t tiles() const { return ceil_divide(rows, lora_tile) * rank_tiles(ranks); }
   std::int64_t padded_ranks() const { return 16 * ceil_divide(ranks, 16); }
   std::size_t partial_bytes() const {
     return is_split() ? 4 * static_cast<std::size_t>(split.parts * rows * padded_ranks()) : 0;
   }
-  unsigned thread_blocks() const { return static_cast<unsigned>(tiles() * split.parts); }
+  unsigned thread_blocks() const {
+    return static_cast<unsigned>(lora_tiles(rows, ranks) * split.parts);
+  }
 
   /// Rank `rank` of row `row` goes to out[row * row_stride + rank * rank_stride].
   LoRASums to(const TensorView& out, std::int64_t row_stride, std::int64_t rank_stride, float scale,
@@ -84,11 +92,12 @@ struct PlannedSums {
 };
 
 PlannedSums plan_shrink(const TensorView& wide, std::int64_t r) {
-  return {wide, wide.shape[0], r, wide.shape[1]};
+  return {wide, wide.shape[0], r, wide.shape[1], 0};
 }
 
-PlannedSums plan_gradient(const TensorView& wide, std::int64_t r) {
-  return {wide, wide.shape[1], r, wide.shape[0]};
+/// The gradients of both factors are taken in one launch.
+PlannedSums plan_gradient(const TensorView& wide, std::int64_t r, const TensorView& other_wide) {
+  return {wide, wide.shape[1], r, wide.shape[0], lora_tiles(other_wide.shape[1], r)};
 }
 
 /// Adds the parts of one or two products; one that was not split has none.
@@ -268,7 +277,7 @@ void launch_lora_backward(const LoRABackward& arguments, cudaStream_t stream) {
   const auto& [dy, x, t, lora_a, lora_b, scaling, grad_a, grad_b, dx] = arguments;
   const std::int64_t r = lora_a.shape[0], k = lora_a.shape[1];
   const PlannedSums u_plan = plan_shrink(dy, r);
-  const PlannedSums a_plan = plan_gradient(x, r), b_plan = plan_gradient(dy, r);
+  const PlannedSums a_plan = plan_gradient(x, r, dy), b_plan = plan_gradient(dy, r, x);
 
   // u, then the partial sums of u, whose memory those of the gradients use after it. (A chunk more,
   // so that an empty u is no empty allocation.)

@@ -69,12 +69,13 @@ __device__ std::uint32_t load_narrow_pair(const LoRAExpandArguments<T>& a, std::
 ///
 ///   narrow T [tokens, ranks], wide T [tokens, columns]; factor any float dtype, rounded to T
 ///   a thread block owns 128 columns and a group of tokens, 64 at a time; a warp 16 tokens of them
-///   and 64 columns, whose 8 accesses of 16 bytes are under way before it multiplies
+///   and 64 columns, which are on their way (16 KB a thread block) before it multiplies
 ///   reads and writes wide once; reads narrow, from L2, once for every 64 columns
 ///   shared memory: 256 bytes a rank, ranks rounded up to 16
 ///   precondition: T is a 16-bit type; columns % 8 == 0; wide is aligned to 16 bytes
 template <typename T>
-__global__ void __launch_bounds__(lora_threads) lora_expand_kernel(const LoRAExpandArguments<T> a) {
+__global__ void __launch_bounds__(lora_threads, 3)
+    lora_expand_kernel(const LoRAExpandArguments<T> a) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
   const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
   const std::int64_t first_column = std::int64_t{blockIdx.x % a.column_tiles} * lora_tile;
@@ -83,39 +84,42 @@ __global__ void __launch_bounds__(lora_threads) lora_expand_kernel(const LoRAExp
   const std::int64_t end_tile = std::min(first_tile + a.token_tiles_per_group, a.token_tiles);
   const int rank_steps = static_cast<int>((a.ranks + 15) / 16);
 
-  const Shared<T> tile = dynamic_shared_memory<T>();
-  store_expand_tile(tile, a, first_column, 2 * rank_steps);
-  __syncthreads();
-
   constexpr int groups = lora_expand_columns_per_warp / 32;  // of 32 columns
   const int warp_column = lora_expand_columns_per_warp * (warp / 4);
-  const MatrixRow own = matrix_row_across(lane);
-#pragma unroll 1
-  for (std::int64_t token_tile = first_tile; token_tile < end_tile; ++token_tile) {
-    const std::int64_t first_token = token_tile * lora_expand_tokens + 16 * (warp % 4) + lane / 4;
-    const auto wide_chunk = [&](int half, int group) {
-      const std::int64_t column = first_column + warp_column + 32 * group + 8 * (lane % 4);
-      const std::int64_t token = first_token + 8 * half;
-      return token < a.tokens && column < a.columns ? a.wide + token * a.columns + column : nullptr;
-    };
-    Bytes16 wide[2][groups];
+  const int token_in_tile = 16 * (warp % 4) + lane / 4;
+  const auto wide_chunk = [&](std::int64_t token_tile, int half, int group) -> T* {
+    const std::int64_t token = token_tile * lora_expand_tokens + token_in_tile + 8 * half;
+    const std::int64_t column = first_column + warp_column + 32 * group + 8 * (lane % 4);
+    return token < a.tokens && column < a.columns ? a.wide + token * a.columns + column : nullptr;
+  };
+  Bytes16 wide[2][groups];
+  const auto load_wide = [&](std::int64_t token_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int group = 0; group < groups; ++group) {
-        const T* const from = wide_chunk(half, group);
+        const T* const from = wide_chunk(token_tile, half, group);
         wide[half][group] = from != nullptr ? load_16_bytes(from) : Bytes16{};
       }
     }
+  };
 
+  load_wide(first_tile);  // on its way while the factor is rounded
+  const Shared<T> tile = dynamic_shared_memory<T>();
+  store_expand_tile(tile, a, first_column, 2 * rank_steps);
+  __syncthreads();
+
+  const MatrixRow own = matrix_row_across(lane);
+#pragma unroll 1
+  for (std::int64_t token_tile = first_tile; token_tile < end_tile; ++token_tile) {
+    const std::int64_t token = token_tile * lora_expand_tokens + token_in_tile;
     float updates[4 * groups][4] = {};  // by product, in mma's layout
-#pragma unroll 2
+#pragma unroll 1
     for (int step = 0; step < rank_steps; ++step) {
       const int rank = 16 * step + 2 * (lane % 4);
-      const std::uint32_t ranks[4] = {load_narrow_pair(a, first_token, rank),
-                                      load_narrow_pair(a, first_token + 8, rank),
-                                      load_narrow_pair(a, first_token, rank + 8),
-                                      load_narrow_pair(a, first_token + 8, rank + 8)};
+      const std::uint32_t ranks[4] = {
+          load_narrow_pair(a, token, rank), load_narrow_pair(a, token + 8, rank),
+          load_narrow_pair(a, token, rank + 8), load_narrow_pair(a, token + 8, rank + 8)};
 #pragma unroll
       for (int product = 0; product < 4 * groups; product += 2) {
         const int chunk = (2 * step + own.chunk) * lora_tile + warp_column + 8 * product + own.row;
@@ -139,9 +143,10 @@ __global__ void __launch_bounds__(lora_threads) lora_expand_kernel(const LoRAExp
           out.words[i] = round_pair<T>(widen(low_half<T>(word)) + a.scale * update[2 * half],
                                        widen(high_half<T>(word)) + a.scale * update[2 * half + 1]);
         }
-        if (T* const to = wide_chunk(half, group)) store_16_bytes(to, out);
+        if (T* const to = wide_chunk(token_tile, half, group)) store_16_bytes(to, out);
       }
     }
+    if (token_tile + 1 < end_tile) load_wide(token_tile + 1);
   }
 }
 

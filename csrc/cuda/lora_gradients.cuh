@@ -64,7 +64,7 @@ __device__ void copy_narrow_tile(const LoRATile<T, 8>& tile, const LoRAGradient<
 ///   shared memory: lora_gradients_shared_bytes
 ///   precondition: T is a 16-bit type; columns % 8 == 0; wide is aligned to 16 bytes
 template <typename T>
-__global__ void __launch_bounds__(lora_threads)
+__global__ void __launch_bounds__(lora_threads, 2)
     lora_gradients_kernel(const LoRAGradientsArguments<T> arguments) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
   const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);

@@ -85,7 +85,8 @@ class LoRAFactorTile {
 ///   shared memory: lora_shrink_shared_bytes
 ///   precondition: T is a 16-bit type; columns % 8 == 0; wide is aligned to 16 bytes
 template <typename T, bool are_ranks_columns>
-__global__ void __launch_bounds__(lora_threads) lora_shrink_kernel(const LoRAShrinkArguments<T> a) {
+__global__ void __launch_bounds__(lora_threads, 2)
+    lora_shrink_kernel(const LoRAShrinkArguments<T> a) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
   const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
   // Thread blocks that share rows are neighbours.

@@ -53,8 +53,8 @@ TEST(LoRAPlan, LongSumsAreSplitWhereThereAreFewTiles) {
            Row{16, 64, 16, 4},                           // m = 2048
            Row{1, 64, 16, 4},                            // m = 1
            Row{1, 224, 56, 4},                           // m = 1, k = 14336
-           Row{1, 10000, 264, 38}, Row{64, 224, 4, 56},  // gradients: 8192 columns, m = 14336
-           Row{32, 128, 8, 16},                          // 4096 columns, m = 8192
+           Row{1, 10000, 264, 38}, Row{64, 224, 4, 56},  // gradients: n = k = 4096, m = 14336
+           Row{32, 128, 8, 16},                          // n = k = 2048, m = 8192
            Row{264, 64, 1, 64},                          // enough tiles
            Row{10000, 64, 1, 64}, Row{1, 7, 1, 7},       // too short to be worth it
            Row{1, 8, 2, 4}, Row{1, 9, 2, 5},
