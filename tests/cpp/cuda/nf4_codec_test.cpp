@@ -1,0 +1,226 @@
+// The CUDA codec on the emulated device gives the CPU's bits.
+#include <cmath>
+#include <limits>
+
+#include "cuda/support.h"
+#include "format/nf4_layout.h"
+#include "support/expect_error.h"
+
+namespace qlora {
+namespace {
+
+using emulator::Order;
+
+constexpr std::int64_t block_sizes[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
+
+void expect_same_bytes(const StoredWeight& actual, const StoredWeight& expected) {
+  EXPECT_EQ(actual.codes.bytes(), expected.codes.bytes());
+  EXPECT_EQ(actual.absmax.bytes(), expected.absmax.bytes());
+  EXPECT_EQ(actual.nested_absmax.bytes(), expected.nested_absmax.bytes());
+  EXPECT_EQ(actual.nested_offset.bytes(), expected.nested_offset.bytes());
+}
+/// Normal numbers, with stretches of zeros, of subnormals (whose reciprocal overflows), of huge
+/// numbers, and of ties.
+HostTensor make_input(DType dtype, std::int64_t n, std::int64_t k, Generator& generator) {
+  HostTensor w = HostTensor::random(dtype, {n, k}, generator, 0.02);
+  const auto each = [&](std::int64_t begin, std::int64_t end, auto&& value) {
+    for (std::int64_t i = begin; i < std::min(end, n * k); ++i) w.set(i, value(i));
+  };
+  const double tiny = dtype == DType::float16 ? 0x1p-24 : 0x1p-133;
+  const double huge = dtype == DType::float16 ? 0x1p15 : 0x1p127;
+  each(64, 192, [](std::int64_t) { return 0.0; });
+  each(256, 320, [&](std::int64_t i) { return tiny * static_cast<double>(i % 7 - 3); });
+  each(320, 384, [](std::int64_t i) { return i % 2 ? 0.0 : -0.0; });
+  each(384, 448, [&](std::int64_t i) { return huge * std::sin(static_cast<double>(i)); });
+  each(512, 576, [](std::int64_t i) {
+    return i % 32 == 0 ? 1.0 : static_cast<double>(nf4_threshold(static_cast<int>(i % 15)));
+  });
+  each(4096, 4104, [&](std::int64_t) { return tiny; });
+  return w;
+}
+class CudaCodec : public CudaEmulation,
+                  public testing::WithParamInterface<std::tuple<DType, bool>> {
+ protected:
+  const DType dtype = std::get<0>(GetParam());
+  const bool is_nested = std::get<1>(GetParam());
+  Generator generator{11};
+
+  void expect_quantize_agrees(std::int64_t n, std::int64_t k, std::int64_t block_size) {
+    SCOPED_TRACE(message("[", n, ", ", k, "], block_size ", block_size));
+    HostTensor w = make_input(dtype, n, k, generator);
+    StoredWeight expected(n, k, block_size, is_nested), actual(n, k, block_size, is_nested);
+    nf4_quantize(w.view(), expected.view(), {});
+    nf4_quantize(on_cuda(w.view()), on_cuda(actual.view()), {});
+    expect_same_bytes(actual, expected);
+  }
+
+  void expect_dequantize_agrees(StoredWeight weight) {
+    SCOPED_TRACE(message("[", weight.n, ", ", weight.k, "], block_size ", weight.block_size));
+    HostTensor expected(dtype, {weight.n, weight.k}), actual(dtype, {weight.n, weight.k});
+    nf4_dequantize(weight.view(), expected.view(), {});
+    nf4_dequantize(on_cuda(weight.view()), on_cuda(actual.view()), {});
+    EXPECT_EQ(actual.bytes(), expected.bytes());
+  }
+};
+
+TEST_P(CudaCodec, QuantizesToTheCpuBits) {
+  for (const std::int64_t block_size : block_sizes) {
+    for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1, 1},
+                               {1, 2},
+                               {3, 11},
+                               {5, 13},
+                               {16, 64},
+                               {51, 167},
+                               {3, 4096}}) {
+      expect_quantize_agrees(n, k, block_size);
+    }
+  }
+}
+
+TEST_P(CudaCodec, QuantizesToTheCpuBitsInEveryOrderOfTheThreads) {
+  emulator::device().max_thread_blocks = 1;  // the grid's loops run
+  for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
+    emulator::device().order = order;
+    expect_quantize_agrees(101, 167, 32);
+    expect_quantize_agrees(101, 167, 256);
+    expect_quantize_agrees(101, 1670, 4096);
+  }
+}
+
+TEST_P(CudaCodec, QuantizesTensorsThatAreNotAligned) {
+  const std::size_t element = dtype == DType::float32 ? 4 : 2;
+  for (const std::int64_t block_size : {64, 1024}) {
+    HostTensor w = make_input(dtype, 51, 167, generator);
+    StoredWeight expected(51, 167, block_size, is_nested);
+    nf4_quantize(w.view(), expected.view(), {});
+    for (const auto& [w_offset, codes_offset] :
+         {std::pair<std::size_t, std::size_t>{element, 0}, {0, 1}, {element, 3}, {0, 2}}) {
+      StoredWeight actual(51, 167, block_size, is_nested);
+      {
+        Shifted shifted_w(w, w_offset), shifted_codes(actual.codes, codes_offset);
+        NF4Weight out = on_cuda(actual.view());
+        out.codes = shifted_codes.view();
+        nf4_quantize(shifted_w.view(), out, {});
+      }
+      expect_same_bytes(actual, expected);
+    }
+  }
+}
+
+TEST_P(CudaCodec, DequantizesToTheCpuBits) {
+  for (const std::int64_t block_size : block_sizes) {
+    for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1, 1},
+                               {1, 2},
+                               {3, 11},
+                               {5, 13},
+                               {16, 64},
+                               {51, 167},
+                               {3, 4096}}) {
+      expect_dequantize_agrees(StoredWeight::random(n, k, block_size, is_nested, generator));
+    }
+  }
+}
+
+TEST_P(CudaCodec, DequantizesToTheCpuBitsInEveryOrderOfTheThreads) {
+  emulator::device().max_thread_blocks = 1;
+  for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
+    emulator::device().order = order;
+    expect_dequantize_agrees(StoredWeight::random(101, 167, 32, is_nested, generator));
+  }
+}
+
+TEST_P(CudaCodec, DequantizesScalesOfEverySize) {
+  StoredWeight weight = StoredWeight::random(8, 1024, 32, is_nested, generator);
+  const double extremes[] = {0.0, 0x1p-149, 0x1p-133, 0x1p-24, 65519.0, 65520.0, 0x1.fep127};
+  HostTensor& scales = is_nested ? weight.nested_offset : weight.absmax;
+  for (const double extreme : extremes) {
+    store_floats(scales, std::vector<double>(scales.bytes().size() / 4, extreme));
+    expect_dequantize_agrees(weight);
+  }
+}
+
+TEST_P(CudaCodec, DequantizesTensorsThatAreNotAligned) {
+  const std::size_t element = dtype == DType::float32 ? 4 : 2;
+  StoredWeight weight = StoredWeight::random(51, 167, 64, is_nested, generator);
+  HostTensor expected(dtype, {51, 167});
+  nf4_dequantize(weight.view(), expected.view(), {});
+  for (const auto& [out_offset, codes_offset] :
+       {std::pair<std::size_t, std::size_t>{element, 0}, {0, 1}, {element, 3}, {0, 2}}) {
+    HostTensor actual(dtype, {51, 167});
+    {
+      Shifted shifted_out(actual, out_offset), shifted_codes(weight.codes, codes_offset);
+      NF4Weight shifted_weight = on_cuda(weight.view());
+      shifted_weight.codes = shifted_codes.view();
+      nf4_dequantize(shifted_weight, shifted_out.view(), {});
+    }
+    EXPECT_EQ(actual.bytes(), expected.bytes());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CudaCodec, testing::Combine(float_dtypes, testing::Bool()),
+                         [](const auto& test) {
+                           return std::string(name_of(std::get<0>(test.param))) +
+                                  (std::get<1>(test.param) ? "Nested" : "Plain");
+                         });
+
+TEST_F(CudaEmulation, SumsManyScalesInTheCpuOrder) {
+  Generator generator{15};
+  constexpr std::int64_t n = 300, k = 1001;  // 37 runs of 256 blocks: more than a warp has lanes
+  HostTensor w = HostTensor::random(DType::float32, {n, k}, generator);
+  StoredWeight expected(n, k, 32, true), actual(n, k, 32, true);
+  nf4_quantize(w.view(), expected.view(), {});
+  nf4_quantize(on_cuda(w.view()), on_cuda(actual.view()), {});
+  expect_same_bytes(actual, expected);
+}
+
+TEST_F(CudaEmulation, DequantizesAbsmaxToTheCpuBits) {
+  Generator generator{12};
+  for (const bool is_nested : {false, true}) {
+    for (const std::int64_t k : {1, 32, 8191, 32 * 600}) {
+      StoredWeight weight = StoredWeight::random(1, k, 32, is_nested, generator);
+      HostTensor expected(DType::float32, {weight.block_count()}), actual = expected;
+      nf4_dequantize_absmax(weight.view(), expected.view(), {});
+      nf4_dequantize_absmax(on_cuda(weight.view()), on_cuda(actual.view()), {});
+      EXPECT_EQ(actual.bytes(), expected.bytes());
+    }
+  }
+}
+
+TEST_F(CudaEmulation, ActsOnAnEmptyWeightAsTheCpuDoes) {
+  HostTensor w(DType::float32, {0, 64}), scales(DType::float32, {0});
+  for (const bool is_nested : {false, true}) {
+    StoredWeight expected(0, 64, 64, is_nested), actual(0, 64, 64, is_nested);
+    nf4_quantize(w.view(), expected.view(), {});
+    nf4_quantize(on_cuda(w.view()), on_cuda(actual.view()), {});
+    expect_same_bytes(actual, expected);
+    nf4_dequantize(on_cuda(actual.view()), on_cuda(w.view()), {});
+    nf4_dequantize_absmax(on_cuda(actual.view()), on_cuda(scales.view()), {});
+  }
+}
+
+TEST_F(CudaEmulation, NamesTheFirstBlockThatHasANaNOrInf) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  Generator generator{13};
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+    for (const std::int64_t block_size : {32, 64, 4096}) {
+      for (const double bad : {nan, inf, -inf}) {
+        for (const std::int64_t where : {0, 777, 8516}) {
+          HostTensor w = HostTensor::random(dtype, {51, 167}, generator);
+          w.set(where, bad);
+          w.set(8516, nan);
+          StoredWeight out(51, 167, block_size, true);
+          const std::int64_t block = where / block_size;
+          expect_invalid(
+              message("nf4_quantize: w has a NaN or Inf in block ", block, ", elements ",
+                      block * block_size, " to ", std::min((block + 1) * block_size, w.numel()) - 1,
+                      " of the flattened weight"),
+              [&] { nf4_quantize(on_cuda(w.view()), on_cuda(out.view()), {}); });
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qlora
