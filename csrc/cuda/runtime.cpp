@@ -58,14 +58,42 @@ void throw_cuda_error(cudaError_t error, const char* what) {
     case cudaErrorMemoryAllocation: throw OutOfMemory(reason);
     case cudaErrorInsufficientDriver:
     case cudaErrorStubLibrary:
-    case cudaErrorSystemDriverMismatch: throw Unsupported(message(what, ": ", describe_driver()));
+    case cudaErrorSystemDriverMismatch:
+    case cudaErrorCompatNotSupportedOnDevice:
+      throw Unsupported(message(what, ": ", describe_driver()));
     case cudaErrorNoDevice: throw Unsupported(message(what, ": no CUDA device is visible"));
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
     case cudaErrorUnsupportedPtxVersion:
       throw Unsupported(message(reason, "; this build has code for ", cuda_info().architectures,
                                 ", rebuild with QLORA_CUDA_ARCHS set to your device's"));
+    case cudaErrorInitializationError:
+      throw CudaError(message(reason,
+                              "; a forked child cannot use CUDA once its parent has: start it by "
+                              "spawn"));
     default: throw CudaError(reason);
   }
+}
+
+void throw_launch_error(cudaError_t error, const char* operation, cudaStream_t stream) {
+  cudaGetLastError();
+  check_stream(stream, operation);
+  throw_cuda_error(error, operation);
+}
+
+void check_stream(cudaStream_t stream, const char* operation) {
+  // The default streams are those of the current device, whichever it is.
+  if (stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread) return;
+  int device = 0, current = 0;
+  if (cudaStreamGetDevice(stream, &device) != cudaSuccess ||
+      cudaGetDevice(&current) != cudaSuccess) {
+    cudaGetLastError();  // a driver older than CUDA 12.8 cannot say
+    return;
+  }
+  check(device == current, operation, ": the stream belongs to cuda:", device,
+        ", but the tensors are on cuda:", current);
 }
 
 const DeviceTraits& device_traits(int device, const char* operation) {

@@ -21,6 +21,14 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw_cuda_error(error, what);
 }
 
+/// Throws what a failed launch on `stream` means. A launch refuses a stream of another device by
+/// itself, so that nothing has to ask before; here that becomes an InvalidArgument with both names.
+[[noreturn]] void throw_launch_error(cudaError_t error, const char* operation, cudaStream_t stream);
+
+/// Throws InvalidArgument if `stream` belongs to another device than the current one. For work that
+/// CUDA queues on any stream without a word, such as copies: a launch needs no check.
+void check_stream(cudaStream_t stream, const char* operation);
+
 /// What plans depend on of a device. It is asked for once, since it cannot change, and kept for the
 /// life of the process: later calls cost a look-up. Any thread may call it.
 ///
