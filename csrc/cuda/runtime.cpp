@@ -1,5 +1,8 @@
 #include "cuda/runtime.h"
 
+#include <map>
+#include <mutex>
+
 #include "core/backend.h"
 
 namespace qlora::cuda {
@@ -60,6 +63,22 @@ DeviceGuard::DeviceGuard(Device device, const char* operation) : current_(device
 
 DeviceGuard::~DeviceGuard() {
   if (current_ != previous_) cudaSetDevice(previous_);
+}
+
+DeviceTraits traits_of_device(int index, const char* operation) {
+  static std::mutex mutex;
+  static std::map<int, DeviceTraits> known;
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  const auto value = [&](cudaDeviceAttr which) { return attribute(which, index, operation); };
+  const DeviceTraits traits{.compute_capability = 10 * value(cudaDevAttrComputeCapabilityMajor) +
+                                                  value(cudaDevAttrComputeCapabilityMinor),
+                            .multiprocessor_count = value(cudaDevAttrMultiProcessorCount),
+                            .max_shared_bytes = value(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                            .l2_bytes = value(cudaDevAttrL2CacheSize)};
+  known.emplace(index, traits);
+  return traits;
 }
 
 StreamBuffer::StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* operation)

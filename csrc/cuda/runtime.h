@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/tensor_view.h"
+#include "cuda/device_traits.h"
 
 namespace qlora::cuda {
 
@@ -35,6 +36,9 @@ class DeviceGuard {
   int previous_ = 0;
   int current_;
 };
+
+/// What plans ask about a device; read once and kept.
+DeviceTraits traits_of_device(int index, const char* operation);
 
 /// Device memory that work queued on `stream` may use; what is queued after its end may not.
 ///

@@ -305,6 +305,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor: *value = device().major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = device().minor; break;
+    case cudaDevAttrMultiProcessorCount: *value = device().multiprocessor_count; break;
+    case cudaDevAttrL2CacheSize: *value = 50 * 1024 * 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = device().max_shared_bytes; break;
     case cudaDevAttrMemoryPoolsSupported: *value = device().has_memory_pools; break;
   }
   return device().driver_error;
