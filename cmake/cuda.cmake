@@ -42,6 +42,11 @@ function(qlora_add_cuda_backend target)
     csrc/cuda/cuda_backend.cpp
     csrc/cuda/device_report.cpp
     csrc/cuda/nf4_codec.cu
+    csrc/cuda/nf4_matmul_dispatch.cpp
+    csrc/cuda/nf4_matmul_few_tokens.cu
+    csrc/cuda/nf4_matmul_plain.cu
+    csrc/cuda/nf4_matmul_plan.cpp
+    csrc/cuda/nf4_matmul_tiles.cu
     csrc/cuda/runtime.cpp)
   string(REPLACE ";" "," architectures "${QLORA_CUDA_ARCHS}")
   set_source_files_properties(csrc/cuda/cuda_backend.cpp PROPERTIES COMPILE_DEFINITIONS

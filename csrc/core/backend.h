@@ -75,4 +75,17 @@ struct CudaDeviceReport {
 };
 CudaDeviceReport cuda_device_report();  // throws std::bad_alloc alone
 
+/// A product with an NF4 weight, by its sizes: nf4_linear's, or nf4_linear_grad_input's.
+struct NF4MatmulShape {
+  bool is_grad_input = false;
+  std::int64_t m = 0, n = 0, k = 0;
+  DType dtype = DType::bfloat16;
+  std::int64_t block_size = 64;
+};
+
+/// How a product is computed best on CUDA device `index`, if its tensors are as aligned as fresh
+/// ones: "plain", "few_tokens" or "tiles", which are kernels of the core, or "workspace", which asks
+/// the caller to dequantise the weight and multiply with that. (The core then has a slower kernel.)
+std::string cuda_nf4_matmul_strategy(const NF4MatmulShape& shape, int index);
+
 }  // namespace qlora

@@ -2,6 +2,7 @@
 // demand of their arguments.
 #include "core/backend.h"
 #include "cuda/nf4_codec.h"
+#include "cuda/nf4_matmul_dispatch.h"
 #include "cuda/runtime.h"
 
 namespace qlora {
@@ -66,6 +67,20 @@ class CudaBackend final : public Backend {
     const DeviceGuard guard(out.device, "nf4_dequantize_absmax");
     cuda::launch_nf4_dequantize_absmax(weight, out.as<float>(), stream_of(context));
   }
+
+  void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,
+                  const TensorView& y, const ExecutionContext& context) const override {
+    check_scales_aligned(weight, "nf4_linear");
+    const DeviceGuard guard(x.device, "nf4_linear");
+    cuda::run_nf4_matmul({cuda::Direction::forward, x, y, weight, bias}, stream_of(context));
+  }
+
+  void nf4_linear_grad_input(const TensorView& dy, const NF4Weight& weight, const TensorView& dx,
+                             const ExecutionContext& context) const override {
+    check_scales_aligned(weight, "nf4_linear_grad_input");
+    const DeviceGuard guard(dy.device, "nf4_linear_grad_input");
+    cuda::run_nf4_matmul({cuda::Direction::grad_input, dy, dx, weight, {}}, stream_of(context));
+  }
 };
 
 }  // namespace
@@ -77,6 +92,11 @@ const Backend& cuda_backend() {
 
 CudaInfo cuda_info() {
   return {.is_compiled = true, .architectures = QLORA_CUDA_ARCHS, .compiler = QLORA_CUDA_COMPILER};
+}
+
+std::string cuda_nf4_matmul_strategy(const NF4MatmulShape& shape, int index) {
+  const char* const operation = shape.is_grad_input ? "nf4_linear_grad_input" : "nf4_linear";
+  return name_of(cuda::advise_nf4_matmul(shape, cuda::device_traits(index, operation)));
 }
 
 }  // namespace qlora

@@ -34,6 +34,18 @@ __device__ Word load_once(const Word* address) {
 #endif
 }
 
+/// load_once of 16 bytes, aligned.
+__device__ inline Bytes16 load_16_bytes_once(const void* address) {
+#if defined(__CUDA_ARCH__)
+  const uint4 v = __ldcs(static_cast<const uint4*>(address));
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  Bytes16 value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+#endif
+}
+
 /// `address` is aligned to 16 bytes.
 __device__ inline Bytes16 load_16_bytes(const void* address) {
 #if defined(__CUDA_ARCH__)
@@ -77,6 +89,15 @@ __device__ inline float multiply_then_add(float a, float b, float c) {
 #endif
 }
 
+/// a * b + c, rounded once.
+__device__ inline float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
 /// Two fp32 rounded to T, ties to even: `low` in the lower half. As from_float<T>, but for the
 /// payload of a NaN.
 template <typename T>
@@ -105,6 +126,7 @@ __device__ inline std::uint32_t round_pair<Float16>(float low, float high) {
 }
 
 /// to_float, as one instruction where the device has one.
+__device__ inline float widen(float x) { return x; }
 __device__ inline float widen(BFloat16 x) { return to_float(x); }
 
 __device__ inline float widen(Float16 x) {
@@ -115,6 +137,16 @@ __device__ inline float widen(Float16 x) {
 #else
   return to_float(x);
 #endif
+}
+
+/// from_float<T>, but for the payload of a NaN.
+template <typename T>
+__device__ T round_to(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    return T{static_cast<std::uint16_t>(round_pair<T>(x, 0.0f))};
+  }
 }
 
 }  // namespace qlora::cuda

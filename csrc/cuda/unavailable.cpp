@@ -16,4 +16,6 @@ CudaInfo cuda_info() { return {}; }
 
 CudaDeviceReport cuda_device_report() { return {.usable = {}, .problems = {reason}}; }
 
+std::string cuda_nf4_matmul_strategy(const NF4MatmulShape&, int) { throw Unsupported(reason); }
+
 }  // namespace qlora

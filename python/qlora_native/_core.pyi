@@ -4,7 +4,7 @@ Where that says x[m, k] of a product, here x[..., k] is taken, and so with y, dy
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from torch import Tensor
 
@@ -40,6 +40,21 @@ def nf4_linear(
 def nf4_linear_grad_input(
     dy: Tensor, weight: NF4Tensors, dx: Tensor, num_threads: int, stream: int
 ) -> None: ...
+def nf4_matmul_strategy(
+    direction: Literal["forward", "grad_input"],
+    m: int,
+    n: int,
+    k: int,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    block_size: int,
+    device_index: int,
+) -> Literal["plain", "few_tokens", "tiles", "workspace"]:
+    """How a product of m tokens is computed best on a CUDA device.
+
+    By a kernel of the core's, or ("workspace") by a dense product with the dequantised weight, which
+    is the caller's to do.
+    """
+
 def lora_forward(
     x: Tensor,
     lora_a: Tensor,
