@@ -41,6 +41,7 @@ function(qlora_add_cuda_backend target)
   target_sources(${target} PRIVATE
     csrc/cuda/cuda_backend.cpp
     csrc/cuda/nf4_codec.cu
+    csrc/cuda/nf4_matmul_tiles.cu
     csrc/cuda/runtime.cpp)
   string(REPLACE ";" "," architectures "${QLORA_CUDA_ARCHS}")
   set_source_files_properties(csrc/cuda/cuda_backend.cpp PROPERTIES COMPILE_DEFINITIONS
