@@ -41,6 +41,9 @@ function(qlora_add_cuda_backend target)
   target_sources(${target} PRIVATE
     csrc/cuda/cuda_backend.cpp
     csrc/cuda/device_report.cpp
+    csrc/cuda/dropout.cu
+    csrc/cuda/lora.cu
+    csrc/cuda/lora_plan.cpp
     csrc/cuda/nf4_codec.cu
     csrc/cuda/nf4_matmul_dispatch.cpp
     csrc/cuda/nf4_matmul_few_tokens.cu

@@ -1,6 +1,8 @@
 // The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
 // demand of their arguments.
 #include "core/backend.h"
+#include "cuda/dropout.h"
+#include "cuda/lora.h"
 #include "cuda/nf4_codec.h"
 #include "cuda/nf4_matmul_dispatch.h"
 #include "cuda/runtime.h"
@@ -80,6 +82,23 @@ class CudaBackend final : public Backend {
     check_scales_aligned(weight, "nf4_linear_grad_input");
     const DeviceGuard guard(dy.device, "nf4_linear_grad_input");
     cuda::run_nf4_matmul({cuda::Direction::grad_input, dy, dx, weight, {}}, stream_of(context));
+  }
+
+  void lora_forward(const LoRAForward& arguments, const ExecutionContext& context) const override {
+    const DeviceGuard guard(arguments.x.device, "lora_forward");
+    cuda::launch_lora_forward(arguments, stream_of(context));
+  }
+
+  void lora_backward(const LoRABackward& arguments,
+                     const ExecutionContext& context) const override {
+    const DeviceGuard guard(arguments.x.device, "lora_backward");
+    cuda::launch_lora_backward(arguments, stream_of(context));
+  }
+
+  void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
+               const ExecutionContext& context) const override {
+    const DeviceGuard guard(x.device, "dropout");
+    cuda::launch_dropout(x, p, seed, out, stream_of(context));
   }
 };
 
