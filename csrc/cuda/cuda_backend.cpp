@@ -1,6 +1,7 @@
 // The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
 // demand of their arguments.
 #include "core/backend.h"
+#include "cuda/adamw.h"
 #include "cuda/nf4_codec.h"
 #include "cuda/runtime.h"
 
@@ -65,6 +66,18 @@ class CudaBackend final : public Backend {
     check_scales_aligned(weight, "nf4_dequantize_absmax");
     const DeviceGuard guard(out.device, "nf4_dequantize_absmax");
     cuda::launch_nf4_dequantize_absmax(weight, out.as<float>(), stream_of(context));
+  }
+
+  void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
+                  const ExecutionContext& context) const override {
+    const DeviceGuard guard(tensors.front().param.device, "adamw_step");
+    cuda::launch_adamw_step(tensors, step, stream_of(context));
+  }
+
+  void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
+                      const ExecutionContext& context) const override {
+    const DeviceGuard guard(tensors.front().param.device, "adamw8bit_step");
+    cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
   }
 };
 

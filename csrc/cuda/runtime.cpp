@@ -47,6 +47,12 @@ void throw_cuda_error(cudaError_t error, const char* what) {
   }
 }
 
+int multiprocessor_count(const char* operation) {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), operation);
+  return attribute(cudaDevAttrMultiProcessorCount, device, operation);
+}
+
 DeviceGuard::DeviceGuard(Device device, const char* operation) : current_(device.index) {
   check_cuda(cudaGetDevice(&previous_), operation);
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, current_, operation);

@@ -20,6 +20,9 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw_cuda_error(error, what);
 }
 
+/// Of the current device.
+int multiprocessor_count(const char* operation);
+
 /// Makes the operation's device the current one while it lives.
 ///
 /// Throws Unsupported without a usable driver or device, or for a device older than compute

@@ -305,6 +305,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor: *value = device().major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = device().minor; break;
+    case cudaDevAttrMultiProcessorCount: *value = device().multiprocessor_count; break;
     case cudaDevAttrMemoryPoolsSupported: *value = device().has_memory_pools; break;
   }
   return device().driver_error;

@@ -28,6 +28,7 @@ enum class Order { ascending, descending, shuffled };
 /// The device and the driver, as a test wants them, and what the backend did with them.
 struct Device {
   int major = 9, minor = 0;
+  int multiprocessor_count = 2;
   bool has_memory_pools = true;
   bool is_out_of_memory = false;
   bool is_capturing = false;
