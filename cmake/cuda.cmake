@@ -39,6 +39,7 @@ function(qlora_add_cuda_backend target)
   endif()
   message(STATUS "qlora_native: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${QLORA_CUDA_ARCHS}")
   target_sources(${target} PRIVATE
+    csrc/cuda/adamw.cu
     csrc/cuda/cuda_backend.cpp
     csrc/cuda/device_report.cpp
     csrc/cuda/dropout.cu

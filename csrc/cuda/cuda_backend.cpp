@@ -1,6 +1,7 @@
 // The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
 // demand of their arguments.
 #include "core/backend.h"
+#include "cuda/adamw.h"
 #include "cuda/dropout.h"
 #include "cuda/lora.h"
 #include "cuda/nf4_codec.h"
@@ -99,6 +100,18 @@ class CudaBackend final : public Backend {
                const ExecutionContext& context) const override {
     const DeviceGuard guard(x.device, "dropout");
     cuda::launch_dropout(x, p, seed, out, stream_of(context));
+  }
+
+  void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
+                  const ExecutionContext& context) const override {
+    const DeviceGuard guard(tensors.front().param.device, "adamw_step");
+    cuda::launch_adamw_step(tensors, step, stream_of(context));
+  }
+
+  void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
+                      const ExecutionContext& context) const override {
+    const DeviceGuard guard(tensors.front().param.device, "adamw8bit_step");
+    cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
   }
 };
 

@@ -21,6 +21,10 @@ struct alignas(16) Bytes16 {
   std::uint32_t words[4];
 };
 
+struct alignas(8) Bytes8 {
+  std::uint32_t words[2];
+};
+
 /// Reads memory that nobody reads again: it is the first to leave the caches. `address` is aligned
 /// to its type.
 template <typename Word>
@@ -65,6 +69,40 @@ __device__ inline void store_16_bytes(void* address, const Bytes16& value) {
       make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
 #else
   std::memcpy(address, &value, sizeof value);
+#endif
+}
+
+/// `address` is aligned to 8 bytes.
+__device__ inline Bytes8 load_8_bytes(const void* address) {
+#if defined(__CUDA_ARCH__)
+  const uint2 v = *static_cast<const uint2*>(address);
+  return {{v.x, v.y}};
+#else
+  Bytes8 value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+#endif
+}
+
+/// `address` is aligned to 8 bytes.
+__device__ inline void store_8_bytes(void* address, const Bytes8& value) {
+#if defined(__CUDA_ARCH__)
+  *static_cast<uint2*>(address) = make_uint2(value.words[0], value.words[1]);
+#else
+  std::memcpy(address, &value, sizeof value);
+#endif
+}
+
+/// The largest `value` of the warp's lanes.
+__device__ inline std::uint32_t max_of_warp(std::uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  return __reduce_max_sync(all_lanes, value);
+#else
+  for (int distance = 1; distance < lanes_per_warp; distance *= 2) {
+    const std::uint32_t other = __shfl_xor_sync(all_lanes, value, distance);
+    value = value < other ? other : value;
+  }
+  return value;
 #endif
 }
 

@@ -17,6 +17,7 @@
 #define __global__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __grid_constant__
 #define QLORA_CUDA_EMULATION  // shared memory and warps' instructions go by emulator.h
 
 inline emulator::Index threadIdx, blockIdx, gridDim;  // of the fiber that runs
