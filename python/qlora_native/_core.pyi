@@ -38,6 +38,15 @@ def nf4_linear(
 def nf4_linear_grad_input(
     dy: Tensor, weight: NF4Tensors, dx: Tensor, num_threads: int, stream: int
 ) -> None: ...
+def nf4_matmul_strategy(
+    direction: str, m: int, n: int, k: int, dtype_name: str, block_size: int, device_index: int
+) -> str:
+    """How a product is done on a CUDA device: by "plain", "few_tokens" or "tiles", the core's own
+    kernels, or better by way of a "workspace": nf4_dequantize, then a GEMM of the caller's.
+
+    `direction` is "forward" (nf4_linear) or "grad_input" (nf4_linear_grad_input).
+    """
+
 def lora_forward(
     x: Tensor,
     lora_a: Tensor,
