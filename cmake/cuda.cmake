@@ -40,6 +40,7 @@ function(qlora_add_cuda_backend target)
   message(STATUS "qlora_native: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${QLORA_CUDA_ARCHS}")
   target_sources(${target} PRIVATE
     csrc/cuda/cuda_backend.cpp
+    csrc/cuda/device_report.cpp
     csrc/cuda/nf4_codec.cu
     csrc/cuda/runtime.cpp)
   string(REPLACE ";" "," architectures "${QLORA_CUDA_ARCHS}")

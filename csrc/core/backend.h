@@ -65,4 +65,14 @@ struct CudaInfo {
 };
 CudaInfo cuda_info();
 
+/// The GPUs that the driver shows, and why none, or some, cannot be used.
+///
+/// This starts the driver, which a forked child cannot use from then on: call it when asked, and
+/// never on import.
+struct CudaDeviceReport {
+  std::vector<std::string> usable;    // "cuda:0 NVIDIA H200, compute capability 9.0"
+  std::vector<std::string> problems;  // a sentence each; none only if every device is usable
+};
+CudaDeviceReport cuda_device_report();  // throws std::bad_alloc alone
+
 }  // namespace qlora

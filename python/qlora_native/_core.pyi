@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_native.ops.storage import NF4Tensors
 
-class BuildInfo(TypedDict):
+class CoreInfo(TypedDict):
     version: str
     cxx_compiler: str
     cpu_sets: list[str]
@@ -19,13 +19,15 @@ class BuildInfo(TypedDict):
     cuda_compiler: str
     cuda_archs: str
 
-def build_info() -> BuildInfo:
-    """What was built and what is in use.
+def build_info() -> CoreInfo:
+    """The part of `qlora_native.build_info` that does not ask the CUDA driver."""
 
-    The version and the compilers; the instruction sets that this build has and this processor can
-    run, and the one in use (`QLORA_NATIVE_CPU_ISA` forces one); whether the CUDA backend was built,
-    and for which architectures.
-    """
+class CudaDeviceReport(TypedDict):
+    usable: list[str]
+    problems: list[str]
+
+def cuda_device_report() -> CudaDeviceReport:
+    """The GPUs that can be used, and why there is none, or what is wrong with the others."""
 
 def nf4_quantize(w: Tensor, out: NF4Tensors, num_threads: int, stream: int) -> None: ...
 def nf4_dequantize(weight: NF4Tensors, out: Tensor, num_threads: int, stream: int) -> None: ...

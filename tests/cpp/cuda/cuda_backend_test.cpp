@@ -7,6 +7,7 @@
 
 #include "core/backend.h"
 #include "cuda/emulation/emulator.h"
+#include "cuda/runtime.h"
 #include "format/nf4_layout.h"
 #include "support/expect_error.h"
 #include "support/stored_weight.h"
@@ -14,6 +15,7 @@
 namespace qlora {
 namespace {
 
+using cuda::DeviceTraits;
 using emulator::Order;
 
 constexpr std::int64_t block_sizes[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
@@ -320,8 +322,40 @@ TEST_F(CudaDevice, WithoutMemoryPoolsScratchMemoryIsTakenTheOldWay) {
 TEST_F(CudaDevice, AnOldDeviceIsUnsupported) {
   emulator::device().major = 7;
   emulator::device().minor = 5;
-  expect_error<Unsupported>("nf4_dequantize: cuda:0 has compute capability 7.5, want 8.0 or newer",
-                            [&] { dequantize(); });
+  const NF4Weight on_old = on_cuda(stored.view(), 9);
+  const TensorView out = on_cuda(w_memory.view(), 9);
+  for (int i = 0; i < 2; ++i) {
+    expect_error<Unsupported>(
+        "nf4_dequantize: cuda:9 has compute capability 7.5, want 8.0 or newer",
+        [&] { nf4_dequantize(on_old, out, {}); });
+  }
+}
+
+TEST_F(CudaDevice, TraitsAreAskedForOnce) {
+  emulator::device().major = 10;
+  const DeviceTraits& traits = cuda::device_traits(10, "test");
+  EXPECT_EQ(traits.compute_capability, 100);
+  EXPECT_EQ(traits.multiprocessor_count, 132);
+  EXPECT_EQ(traits.max_shared_bytes, 227 * 1024);
+  EXPECT_EQ(traits.l2_bytes, 50 << 20);
+  emulator::device().major = 12;
+  EXPECT_EQ(&cuda::device_traits(10, "test"), &traits);
+  EXPECT_EQ(cuda::device_traits(11, "test").compute_capability, 120);
+}
+
+TEST_F(CudaDevice, AFailureToLearnTraitsIsNotKept) {
+  emulator::device().driver_error = cudaErrorNoDevice;
+  expect_error<Unsupported>("test: no CUDA device is visible",
+                            [] { cuda::device_traits(12, "test"); });
+  emulator::device().driver_error = cudaSuccess;
+  EXPECT_EQ(cuda::device_traits(12, "test").compute_capability, 90);
+}
+
+TEST_F(CudaDevice, AnIndexThatNoDeviceHasIsInvalid) {
+  for (const int index : {-1, 64}) {
+    expect_invalid(message("test: the device is cuda:", index, ", want an index from 0 to 63"),
+                   [&] { cuda::device_traits(index, "test"); });
+  }
 }
 
 TEST_F(CudaDevice, NoDriverIsUnsupported) {

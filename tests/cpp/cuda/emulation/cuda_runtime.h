@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "cuda/emulation/emulator.h"
+#include "cuda/emulation/streams.h"
 #include "cuda_runtime_api.h"
 
 #define __device__
@@ -33,6 +34,7 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
+  if (emulator::is_of_another_device(config->stream)) return cudaErrorInvalidResourceHandle;
   const emulator::Launch launch{.kernel = reinterpret_cast<const void*>(kernel),
                                 .thread_blocks = config->gridDim.x,
                                 .threads = config->blockDim.x,
