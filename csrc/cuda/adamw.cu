@@ -27,26 +27,15 @@ FloatKind kind_of(DType dtype) {
   }
 }
 
-std::size_t element_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::float32: return 4;
-    case DType::uint8: return 1;
-    default: return 2;
-  }
-}
-
-/// Whether a quad of a tensor is one access. Throws where not even an element is.
-bool is_quad_aligned(const TensorView& tensor, const char* operation, const char* argument) {
+/// Whether a quad of a tensor is one access.
+bool is_quad_aligned(const TensorView& tensor) {
   const auto address = reinterpret_cast<std::uintptr_t>(tensor.data);
-  const std::size_t element = element_bytes(tensor.dtype);
-  check(address % element == 0, operation, ": ", argument, " is ", tensor.dtype,
-        ", but its memory begins ", address % element, " bytes past a multiple of ", element,
-        "; pass ", argument, ".clone()");
+  const auto element = static_cast<std::uintptr_t>(element_bytes(tensor.dtype));
   return address % (elements_per_quad * element) == 0;
 }
 
 template <typename Tensor>
-AdamWEntry entry_of(const Tensor& tensor, const char* operation) {
+AdamWEntry entry_of(const Tensor& tensor) {
   AdamWEntry entry{.param = tensor.param.data,
                    .grad = tensor.grad.data,
                    .exp_avg = tensor.exp_avg.data,
@@ -57,26 +46,19 @@ AdamWEntry entry_of(const Tensor& tensor, const char* operation) {
                    .param_kind = kind_of(tensor.param.dtype),
                    .grad_kind = kind_of(tensor.grad.dtype),
                    .is_aligned = true};
-  const auto require = [&](const TensorView& view, const char* argument) {
-    entry.is_aligned &= is_quad_aligned(view, operation, argument);
-  };
-  require(tensor.param, "param");
-  require(tensor.grad, "grad");
-  require(tensor.exp_avg, "exp_avg");
-  require(tensor.exp_avg_sq, "exp_avg_sq");
+  for (const TensorView* view :
+       {&tensor.param, &tensor.grad, &tensor.exp_avg, &tensor.exp_avg_sq}) {
+    entry.is_aligned &= is_quad_aligned(*view);
+  }
   if constexpr (requires { tensor.exp_avg_absmax; }) {
-    is_quad_aligned(tensor.exp_avg_absmax, operation, "exp_avg_absmax");
-    is_quad_aligned(tensor.exp_avg_sq_absmax, operation, "exp_avg_sq_absmax");
     entry.exp_avg_absmax = tensor.exp_avg_absmax.template as<float>();
     entry.exp_avg_sq_absmax = tensor.exp_avg_sq_absmax.template as<float>();
   }
   return entry;
 }
 
-const float* device_number(const TensorView& number, const char* operation, const char* argument) {
-  if (!number.is_present) return nullptr;
-  is_quad_aligned(number, operation, argument);
-  return number.as<const float>();
+const float* device_number(const TensorView& number) {
+  return number.is_present ? number.as<const float>() : nullptr;
 }
 
 /// The two kernels' arguments for as many tensors as one launch takes.
@@ -84,29 +66,28 @@ struct Batch {
   AdamWArguments step;
   AdamWRuleArguments rules;
 
-  Batch(const AdamWStep& s, AdamWRule* memory_of_rules, const char* operation)
+  Batch(const AdamWStep& s, AdamWRule* memory_of_rules)
       : step{.rule = AdamWRule(s),
              .rules = memory_of_rules,
-             .found_inf = device_number(s.found_inf, operation, "found_inf"),
+             .found_inf = device_number(s.found_inf),
              .chunks = {},
              .tensors = {}},
         rules{.rules = memory_of_rules,
               .numbers = s,
-              .lr = device_number(s.lr_tensor, operation, "lr_tensor"),
-              .grad_scale = device_number(s.grad_scale, operation, "grad_scale"),
+              .lr = device_number(s.lr_tensor),
+              .grad_scale = device_number(s.grad_scale),
               .found_inf = step.found_inf,
               .tensor_count = 0,
               .step_counts = {}} {}
 
   /// Returns false where the tensor does not fit any more.
   template <typename Tensor>
-  bool append(const Tensor& tensor, const char* operation) {
-    const AdamWEntry entry = entry_of(tensor, operation);
+  bool append(const Tensor& tensor) {
+    const AdamWEntry entry = entry_of(tensor);
     const int index = step.chunks.tensor_count();
     if (!step.chunks.append(entry.count)) return false;
     step.tensors[index] = entry;
-    rules.step_counts[index] =
-        const_cast<float*>(device_number(tensor.step_count, operation, "step_count"));
+    rules.step_counts[index] = const_cast<float*>(device_number(tensor.step_count));
     rules.tensor_count = step.chunks.tensor_count();
     return true;
   }
@@ -129,9 +110,9 @@ void launch_batches(std::span<const Tensor> tensors, const AdamWStep& step, cons
   }
   auto* const rules = memory ? reinterpret_cast<AdamWRule*>(memory->data()) : nullptr;
   while (!tensors.empty()) {
-    const auto batch = std::make_unique<Batch>(step, rules, operation);  // 40 KB
+    const auto batch = std::make_unique<Batch>(step, rules);  // 40 KB
     std::size_t taken = 0;
-    while (taken < tensors.size() && batch->append(tensors[taken], operation)) ++taken;
+    while (taken < tensors.size() && batch->append(tensors[taken])) ++taken;
     check(taken > 0, operation, ": a parameter has ", tensors.front().param.numel(),
           " elements, more than a launch takes");
     tensors = tensors.subspan(taken);
