@@ -237,7 +237,7 @@ TEST_P(CudaDtypeOperations, AdamWStepsAListOfTensorsToTheCpuBits) {
     for (State& s : states) {
       tensors.push_back({place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_sq)});
     }
-    for (const std::int64_t t : {1, 2}) adamw_step(tensors, {.step = t}, {});
+    for (const std::int64_t t : {1, 2}) adamw_step(tensors, {{.step = t}, {}, {}, {}}, {});
   };
   run(expected, [](HostTensor& tensor) { return tensor.view(); });
   {
@@ -272,7 +272,7 @@ TEST_P(CudaDtypeOperations, AdamW8bitStepsAListOfTensorsToTheCpuBits) {
       tensors.push_back({place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_absmax),
                          place(s.exp_avg_sq), place(s.exp_avg_sq_absmax)});
     }
-    for (const std::int64_t t : {1, 2}) adamw8bit_step(tensors, {.step = t}, {});
+    for (const std::int64_t t : {1, 2}) adamw8bit_step(tensors, {{.step = t}, {}, {}, {}}, {});
   };
   run(expected, [](HostTensor& tensor) { return tensor.view(); });
   {
