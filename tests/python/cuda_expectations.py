@@ -104,6 +104,42 @@ EXPECTATIONS = (
         (),
         "256 scales a thread block: small beside the codes",
     ),
+    Expectation(
+        r"dropout_kernel<.*>",
+        6,
+        (LOAD_16, STORE_16),
+        "1536 threads with 16 bytes each; Philox has them busy while these are on their way",
+    ),
+    Expectation(
+        r"lora_shrink_kernel<.*>",
+        2,
+        (COPY_16, LOAD_16, LOAD_MATRICES, TENSOR_CORES),
+        "two thread blocks have 64 KB of x on their way; 16-byte loads are the factor's",
+    ),
+    Expectation(
+        r"lora_gradients_kernel<.*>",
+        2,
+        (COPY_16, LOAD_MATRICES, TENSOR_CORES),
+        "two thread blocks have 64 KB of x or dy on their way",
+    ),
+    Expectation(
+        r"lora_expand_kernel<.*>",
+        3,
+        (LOAD_16, STORE_16, LOAD_MATRICES, TENSOR_CORES),
+        "three thread blocks have 48 KB of y on their way",
+    ),
+    Expectation(
+        r"lora_add_parts_kernel",
+        5,
+        (LOAD_16,),
+        "partial sums, which L2 holds",
+    ),
+    Expectation(
+        r"lora_plain_(shrink|gradient|expand)_kernel<.*>",
+        5,
+        (),
+        "simple, for what the tensor cores do not take",
+    ),
 )
 
 
