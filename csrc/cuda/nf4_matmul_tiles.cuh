@@ -5,17 +5,24 @@
 // ldmatrix reads; or, as here, by the lane that needs it, into the registers of operand A. A warp
 // then owns columns of its own and multiplies them with all tokens of the thread block. Shared
 // memory is the narrowest pipe of the two designs (128 bytes a clock), and a stage of 128 columns,
-// 128 tokens and 64 of the sum takes of it, in clocks, computed:
+// 128 tokens and 64 of the sum takes of it, in clocks (all numbers here are computed, not measured):
 //
 //                        look-ups  A written, read  B read  tokens  codes, scales   sum
 //   dense tile, 64 x 64       256        128   256     256     128             72   1096
 //   registers, 32 x 128       256          0     0     512     128             88    984
 //
-// with a barrier less. Its 512 mma take 1024 clocks on compute capability 8.0; on 9.0, at the two
-// thirds of the peak that mma.sync reaches, 768. So shared memory allows the whole of the peak of
-// mma.sync on 8.0 and 78 % on 9.0; with 64 tokens (664 for 512 and 384) 77 and 58 %. Instructions,
-// in issue slots of each of the four schedulers: 128 mma, 4.5 a weight for decoding = 288, 32 reads
-// of B, some 30 of copies and addresses: 480 of those 984.
+// with a barrier less. (The gradient reads codes in 2 bytes and more scales: 1064. With 64 tokens
+// the two directions take 664 and 744.) The 512 mma of the stage take 1024 clocks on compute
+// capability 8.0 and, at the two thirds of the peak that mma.sync is known to reach on 9.0, 768 there.
+// So shared memory allows, of the rate of mma.sync,
+//
+//                128 tokens: forward, gradient      64 tokens: forward, gradient
+//   8.0                100 %    96 %                         77 %    69 %
+//   9.0                 78 %    72 %                         58 %    52 %
+//
+// and all of it on 8.6, 8.9 and 12.0, whose tensor cores are slower. Each of the four schedulers has
+// 669 instructions to issue in those 984 clocks, and 711 in 1064 (counted in the code for 9.0): 128
+// mma, 4.5 a weight to decode it = 288, 32 reads of B, the rest copies and addresses.
 #pragma once
 
 #include <algorithm>
@@ -168,9 +175,14 @@ class EncodedHalf<Direction::forward> {
                        int half) {
 #pragma unroll
     for (int slot = 0; slot < slots_per_lane; ++slot) {
+      if (half == 1) {  // came with the first
+        words_[slot] = second_words_[slot];
+        continue;
+      }
       const auto both =
           (codes + forward_codes_at(warp, lane, slot)).template as<std::uint64_t>().load();
-      words_[slot] = static_cast<std::uint32_t>(both >> 32 * half);
+      words_[slot] = static_cast<std::uint32_t>(both);
+      second_words_[slot] = static_cast<std::uint32_t>(both >> 32);
       scales_[slot] = scales.load(forward_scale_at(warp, lane, slot));
     }
   }
@@ -180,7 +192,7 @@ class EncodedHalf<Direction::forward> {
   }
 
  private:
-  std::uint32_t words_[slots_per_lane];
+  std::uint32_t words_[slots_per_lane], second_words_[slots_per_lane];
   float scales_[slots_per_lane];
 };
 
