@@ -21,8 +21,8 @@
 //   9.0                 78 %    72 %                         58 %    52 %
 //
 // and all of it on 8.6, 8.9 and 12.0, whose tensor cores are slower. Each of the four schedulers has
-// 669 instructions to issue in those 984 clocks, and 711 in 1064 (counted in the code for 9.0): 128
-// mma, 4.5 a weight to decode it = 288, 32 reads of B, the rest copies and addresses.
+// some 700 instructions to issue in those 984 clocks (750 in 1064): 128 mma, 288 to decode (4.5 a
+// weight), 32 reads of B; the rest copy, read scales and compute addresses.
 #pragma once
 
 #include <algorithm>
@@ -89,7 +89,8 @@ class TokenCopies {
   __device__ void copy(int stage, Shared<T> to) const {
     constexpr int tokens_per_copy = thread_count / chunks_per_token;
     std::int64_t element = first_ + std::int64_t{stage} * reduced_per_stage;
-#pragma unroll
+// Unrolled no further: the addresses of all copies would crowd out the sums' registers.
+#pragma unroll 2
     for (int i = 0; i < tokens / tokens_per_copy; ++i) {
       const int token = token_ + i * tokens_per_copy;
       const bool is_inside = stage < end_stage_ && token < token_count_;
@@ -419,32 +420,31 @@ __global__ void __launch_bounds__(thread_count, min_thread_blocks<tokens>)
 }
 
 inline constexpr int sum_thread_count = 256;
+inline constexpr int columns_per_sum_block = 4 * sum_thread_count;
 
 /// output = the sum of partial_sums over the splits, in their order, + bias, rounded once.
 ///
 ///   partial_sums fp32 [splits, m, padded_columns]; output T [m, columns]
-///   a thread owns four neighbouring columns of a token, and goes on to others
+///   a thread owns four neighbouring columns of a token, a thread block 1024 of them
 template <typename T>
 __global__ void __launch_bounds__(sum_thread_count)
-    nf4_matmul_tiles_sum_kernel(const Arguments<T> a, int splits) {
-  const std::int64_t fours_per_token = ceil_divide(a.columns, 4);
-  const std::int64_t fours = a.m * fours_per_token;
-  for (std::int64_t i = std::int64_t{blockIdx.x} * sum_thread_count + threadIdx.x; i < fours;
-       i += std::int64_t{gridDim.x} * sum_thread_count) {
-    const std::int64_t token = i / fours_per_token, column = 4 * (i % fours_per_token);
-    const float* const from = a.partial_sums + token * a.padded_columns + column;
-    float sums[4] = {};
+    nf4_matmul_tiles_sum_kernel(const Arguments<T> a, int splits, unsigned blocks_per_token) {
+  const std::int64_t token = blockIdx.x / blocks_per_token;
+  const std::int64_t column =
+      std::int64_t{blockIdx.x % blocks_per_token} * columns_per_sum_block + 4 * threadIdx.x;
+  if (column >= a.columns) return;
+  const float* const from = a.partial_sums + token * a.padded_columns + column;
+  float sums[4] = {};
 #pragma unroll 4
-    for (int split = 0; split < splits; ++split) {
-      const Bytes16 loaded = load_16_bytes(from + split * a.m * a.padded_columns);
+  for (int split = 0; split < splits; ++split) {
+    const Bytes16 loaded = load_16_bytes(from + split * a.m * a.padded_columns);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += std::bit_cast<float>(loaded.words[j]);
-    }
-    const FourBiases<T> bias(a, column);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[j] += bias.values[j];
-    store_four(a, token, column, sums);
+    for (int i = 0; i < 4; ++i) sums[i] += std::bit_cast<float>(loaded.words[i]);
   }
+  const FourBiases<T> bias(a, column);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[i] += bias.values[i];
+  store_four(a, token, column, sums);
 }
 
 }  // namespace qlora::cuda::tiles
