@@ -36,6 +36,8 @@
 
 namespace qlora::cuda::tiles {
 
+static_assert(NF4LevelTable::bytes == level_table_bytes);
+
 template <typename T>
 struct Arguments {
   const T* input;

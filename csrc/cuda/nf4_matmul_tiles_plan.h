@@ -44,7 +44,7 @@ struct Plan {
   constexpr std::int64_t thread_blocks() const { return token_tiles * column_tiles * splits; }
 };
 
-/// The plan with `configuration` and about `splits` splits, none of them empty.
+/// The plan with tiles of `tokens` tokens and about `splits` splits, none of them empty.
 constexpr Plan make_plan(std::int64_t m, std::int64_t columns, std::int64_t reduced, int tokens,
                          std::int64_t splits) {
   Plan plan{.tokens = tokens,
@@ -68,8 +68,10 @@ constexpr double estimate_clocks(const Plan& plan, int clocks_per_stage, std::in
   const bool is_alone =
       busiest == 1 || 2 * (shared_bytes(plan.tokens) + 1024) > device.max_shared_bytes + 1024;
   const double in_turn = static_cast<double>(busiest) * (is_alone ? slowdown_of_one_alone : 1.0);
-  double clocks = static_cast<double>(plan.stages_per_split + stages_to_fill_the_pipeline) *
-                  clocks_per_stage * in_turn;
+  const std::int64_t fills = is_alone ? busiest : ceil_divide(busiest, 2);  // the rest overlaps
+  double clocks = (static_cast<double>(plan.stages_per_split) * in_turn +
+                   static_cast<double>(fills * stages_to_fill_the_pipeline)) *
+                  clocks_per_stage;
   if (plan.splits > 1) {
     const double bytes = 2.0 * 4.0 * static_cast<double>(m) * static_cast<double>(columns) *
                          static_cast<double>(plan.splits);
