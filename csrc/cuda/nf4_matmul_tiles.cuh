@@ -91,7 +91,7 @@ class TokenCopies {
   __device__ void copy(int stage, Shared<T> to) const {
     constexpr int tokens_per_copy = thread_count / chunks_per_token;
     std::int64_t element = first_ + std::int64_t{stage} * reduced_per_stage;
-// Unrolled no further: the addresses of all copies would crowd out the sums' registers.
+    // By two: the addresses of all copies at once would crowd the sums out of their registers.
 #pragma unroll 2
     for (int i = 0; i < tokens / tokens_per_copy; ++i) {
       const int token = token_ + i * tokens_per_copy;
@@ -167,7 +167,8 @@ class WeightCopies {
   AnyScaleReader::Stored stored_[weight_chunks_per_thread] = {};
 };
 
-/// The codes and scales of a lane's 4 columns and 8 elements of the sum, half a stage.
+/// The codes and scales of a lane's 4 columns and 8 elements of the sum, half a stage. The halves of a
+/// stage are loaded one after the other, the first first.
 template <Direction direction>
 class EncodedHalf;
 
