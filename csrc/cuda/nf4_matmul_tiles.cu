@@ -75,10 +75,11 @@ void launch_tiles(const NF4Matmul& matmul, const Plan& plan, cudaStream_t stream
           tiles::shared_bytes(plan.tokens)},
          stream, arguments);
   if (partial_sums) {
-    const std::int64_t fours = matmul.m() * ceil_divide(matmul.columns(), 4);
+    const std::int64_t blocks_per_token =
+        ceil_divide(matmul.columns(), tiles::columns_per_sum_block);
     launch(operation, tiles::nf4_matmul_tiles_sum_kernel<T>,
-           {thread_blocks_for_items(fours, tiles::sum_thread_count), tiles::sum_thread_count},
-           stream, arguments, static_cast<int>(plan.splits));
+           {static_cast<unsigned>(matmul.m() * blocks_per_token), tiles::sum_thread_count}, stream,
+           arguments, static_cast<int>(plan.splits), static_cast<unsigned>(blocks_per_token));
   }
 }
 
