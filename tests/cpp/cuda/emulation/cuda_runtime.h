@@ -10,12 +10,14 @@
 #include <source_location>
 
 #include "cuda/emulation/emulator.h"
+#include "cuda/emulation/streams.h"
 #include "cuda_runtime_api.h"
 
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __grid_constant__
 #define QLORA_CUDA_EMULATION  // shared memory and warps' instructions go by emulator.h
 
 inline emulator::Index threadIdx, blockIdx, gridDim;  // of the fiber that runs
@@ -34,6 +36,7 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
+  if (emulator::is_of_another_device(config->stream)) return cudaErrorInvalidResourceHandle;
   const emulator::Launch launch{.kernel = reinterpret_cast<const void*>(kernel),
                                 .thread_blocks = config->gridDim.x,
                                 .threads = config->blockDim.x,

@@ -36,7 +36,12 @@ enum class Order { ascending, descending, shuffled };
 
 /// The device and the driver, as a test wants them, and what the backend did with them.
 struct Device {
+  // The backend asks for these once for each device index: a test that changes them takes an index
+  // that no other test uses.
   int major = 9, minor = 0;
+  int multiprocessor_count = 132;
+  int l2_bytes = 50 << 20;
+
   bool has_memory_pools = true;
   bool is_out_of_memory = false;
   bool is_capturing = false;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cuda/emulation/emulator.h"
+#include "cuda/emulation/streams.h"
 
 emulator::Device& emulator::device() {
   static Device the_device;
@@ -51,6 +52,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor: *value = device().major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = device().minor; break;
+    case cudaDevAttrMultiProcessorCount: *value = device().multiprocessor_count; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = device().max_shared_bytes; break;
+    case cudaDevAttrL2CacheSize: *value = device().l2_bytes; break;
+    case cudaDevAttrManagedMemory: *value = !emulator::streams().is_managed_missing; break;
+    case cudaDevAttrConcurrentManagedAccess:
+      *value = !emulator::streams().is_managed_missing && !emulator::streams().is_access_exclusive;
+      break;
     case cudaDevAttrMemoryPoolsSupported: *value = device().has_memory_pools; break;
   }
   return device().driver_error;
@@ -63,7 +71,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 }
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
-  if (device().is_out_of_memory) return cudaErrorMemoryAllocation;
+  if (device().is_out_of_memory || emulator::is_to_fail()) return cudaErrorMemoryAllocation;
   *memory = std::malloc(bytes);
   std::memset(*memory, 0xa5, bytes);  // poison: nothing may rely on fresh memory
   ++device().live_allocations;
@@ -89,8 +97,9 @@ cudaError_t cudaMemsetAsync(void* memory, int byte, std::size_t bytes, cudaStrea
 }
 
 cudaError_t cudaMemcpyAsync(void* destination, const void* source, std::size_t bytes,
-                            cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(destination, source, bytes);
+                            cudaMemcpyKind kind, cudaStream_t stream) {
+  emulator::queue_copy(kind, kind == cudaMemcpyHostToDevice ? source : destination, bytes, stream,
+                       [=] { std::memcpy(destination, source, bytes); });
   return cudaSuccess;
 }
 
@@ -99,7 +108,8 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   ++device().synchronize_count;
+  emulator::wait_for(stream);
   return cudaSuccess;
 }

@@ -1,0 +1,295 @@
+// Every CUDA operation once, on odd shapes, in device memory of the exact size: on the emulated
+// device, and on a real one by an executable of its own, which compute-sanitizer watches too
+// (benchmarks/gpu_check.sh). What each kernel does in full is tested beside it, on the emulated
+// device alone.
+#include <cstdlib>
+
+#include "cuda/device_memory.h"
+
+namespace qlora {
+namespace {
+
+using reference::Matrix;
+using reference::sum_error;
+
+class CudaOperations : public testing::Test {
+ protected:
+  Generator generator{31};
+
+  void SetUp() override {
+    const std::string reason = prepare_device();
+    if (reason.empty()) return;
+    const char* const is_required = std::getenv("QLORA_REQUIRE_GPU");
+    if (is_required != nullptr && is_required == std::string("1")) {
+      FAIL() << "QLORA_REQUIRE_GPU=1, but there is no device: " << reason;
+    }
+    GTEST_SKIP() << reason;
+  }
+
+  /// Integers from -2 to 2. Sums of their products are exact in fp32 as long as these tests make
+  /// them: whatever the order, the bits are the same.
+  HostTensor small_integers(DType dtype, Shape shape) {
+    HostTensor tensor(dtype, shape);
+    for (std::int64_t i = 0; i < tensor.numel(); ++i) {
+      tensor.set(i, static_cast<double>(generator() % 5) - 2.0);
+    }
+    return tensor;
+  }
+};
+
+void expect_same_bytes(const HostTensor& actual, const HostTensor& expected, const char* what) {
+  EXPECT_EQ(actual.bytes(), expected.bytes()) << what;
+}
+
+struct WeightShape {
+  std::int64_t n, k, block_size;
+};
+
+class CudaCodecOperations : public CudaOperations,
+                            public testing::WithParamInterface<std::tuple<DType, bool>> {
+ protected:
+  const DType dtype = std::get<0>(GetParam());
+  const bool is_nested = std::get<1>(GetParam());
+};
+
+constexpr WeightShape codec_shapes[] = {{1, 1, 32}, {51, 167, 64}, {16, 320, 128}, {3, 4099, 4096}};
+
+TEST_P(CudaCodecOperations, QuantizeToTheCpuBits) {
+  for (const auto& [n, k, block_size] : codec_shapes) {
+    SCOPED_TRACE(message("[", n, ", ", k, "], block_size ", block_size));
+    HostTensor w = HostTensor::random(dtype, {n, k}, generator, 0.02);
+    StoredWeight expected(n, k, block_size, is_nested), actual(n, k, block_size, is_nested);
+    nf4_quantize(w.view(), expected.view(), {});
+    {
+      OnDevice device;
+      nf4_quantize(device(w), device(actual), {});
+    }
+    expect_same_bytes(actual.codes, expected.codes, "codes");
+    expect_same_bytes(actual.absmax, expected.absmax, "absmax");
+    expect_same_bytes(actual.nested_absmax, expected.nested_absmax, "nested_absmax");
+    expect_same_bytes(actual.nested_offset, expected.nested_offset, "nested_offset");
+  }
+}
+
+TEST_P(CudaCodecOperations, DequantizeToTheCpuBits) {
+  for (const auto& [n, k, block_size] : codec_shapes) {
+    SCOPED_TRACE(message("[", n, ", ", k, "], block_size ", block_size));
+    StoredWeight weight = StoredWeight::random(n, k, block_size, is_nested, generator);
+    HostTensor expected(dtype, {n, k}), actual = expected;
+    HostTensor expected_absmax(DType::float32, {weight.block_count()});
+    HostTensor actual_absmax = expected_absmax;
+    nf4_dequantize(weight.view(), expected.view(), {});
+    nf4_dequantize_absmax(weight.view(), expected_absmax.view(), {});
+    {
+      OnDevice device;
+      const NF4Weight on_device = device(weight);
+      nf4_dequantize(on_device, device(actual), {});
+      nf4_dequantize_absmax(on_device, device(actual_absmax), {});
+    }
+    expect_same_bytes(actual, expected, "weight");
+    expect_same_bytes(actual_absmax, expected_absmax, "absmax");
+  }
+}
+
+class CudaLinearOperations : public CudaCodecOperations {
+ protected:
+  struct LinearShape {
+    std::int64_t m;
+    WeightShape w;
+  };
+  // One token; tails of tokens, rows and columns; rows that begin within a byte; blocks across rows;
+  // more tokens than a tile.
+  static constexpr LinearShape shapes[] = {
+      {1, {96, 256, 64}},  {3, {33, 192, 64}},  {4, {8, 97, 32}},      {16, {64, 320, 128}},
+      {17, {65, 96, 32}},  {40, {70, 130, 64}}, {70, {128, 64, 4096}}, {130, {64, 128, 64}},
+      {2, {5, 4096, 512}}, {0, {4, 64, 64}},
+  };
+};
+
+TEST_P(CudaLinearOperations, ForwardIsXTimesWTransposedPlusBias) {
+  for (const auto& [m, shape] : shapes) {
+    const auto& [n, k, block_size] = shape;
+    for (const bool has_bias : {false, true}) {
+      SCOPED_TRACE(message("m=", m, " n=", n, " k=", k, " block ", block_size));
+      StoredWeight weight = StoredWeight::random(n, k, block_size, is_nested, generator);
+      HostTensor x = HostTensor::random(dtype, {m, k}, generator), y(dtype, {m, n}), bias;
+      if (has_bias) bias = HostTensor::random(dtype, {n}, generator);
+      {
+        OnDevice device;
+        nf4_linear(device(x), device(weight), device(bias), device(y), {});
+      }
+      const Matrix w = transpose(weight.decode(format_of(dtype)));
+      const Matrix ones(m, 1, std::vector<double>(static_cast<std::size_t>(m), 1.0));
+      Matrix exact = x.matrix() * w, size = magnitude(x.matrix()) * magnitude(w);
+      if (has_bias) {
+        const Matrix row(1, n, bias.values());
+        exact = exact + ones * row;
+        size = size + ones * magnitude(row);
+      }
+      EXPECT_TRUE(is_rounded_from(y, exact.values, (sum_error(k + 1) * size).values));
+    }
+  }
+}
+
+TEST_P(CudaLinearOperations, GradInputIsDyTimesW) {
+  for (const auto& [m, shape] : shapes) {
+    const auto& [n, k, block_size] = shape;
+    SCOPED_TRACE(message("m=", m, " n=", n, " k=", k, " block ", block_size));
+    StoredWeight weight = StoredWeight::random(n, k, block_size, is_nested, generator);
+    HostTensor dy = HostTensor::random(dtype, {m, n}, generator), dx(dtype, {m, k});
+    {
+      OnDevice device;
+      nf4_linear_grad_input(device(dy), device(weight), device(dx), {});
+    }
+    const Matrix w = weight.decode(format_of(dtype));
+    const Matrix size = magnitude(dy.matrix()) * magnitude(w);
+    EXPECT_TRUE(is_rounded_from(dx, (dy.matrix() * w).values, (sum_error(n) * size).values));
+  }
+}
+
+std::string codec_test_name(const testing::TestParamInfo<std::tuple<DType, bool>>& test) {
+  return std::string(name_of(std::get<0>(test.param))) +
+         (std::get<1>(test.param) ? "Nested" : "Plain");
+}
+INSTANTIATE_TEST_SUITE_P(All, CudaCodecOperations, testing::Combine(float_dtypes, testing::Bool()),
+                         codec_test_name);
+INSTANTIATE_TEST_SUITE_P(All, CudaLinearOperations, testing::Combine(float_dtypes, testing::Bool()),
+                         codec_test_name);
+
+class CudaDtypeOperations : public CudaOperations, public testing::WithParamInterface<DType> {
+ protected:
+  const DType dtype = GetParam();
+};
+
+TEST_P(CudaDtypeOperations, LoRAGivesTheCpuBitsOfExactSums) {
+  struct LoRAShape {
+    std::int64_t m, n, k, r;
+  };
+  for (const auto& [m, n, k, r] : {LoRAShape{1, 5, 3, 2},
+                                   {3, 17, 31, 8},
+                                   {33, 65, 15, 33},
+                                   {70, 48, 72, 16},
+                                   {5, 130, 9, 1}}) {
+    SCOPED_TRACE(message("m=", m, " n=", n, " k=", k, " r=", r));
+    HostTensor x = small_integers(dtype, {m, k}), dy = small_integers(dtype, {m, n});
+    HostTensor a = small_integers(DType::float32, {r, k}),
+               b = small_integers(DType::float32, {n, r});
+    struct Results {
+      HostTensor t, y, grad_a, grad_b, dx;
+    };
+    Results expected{HostTensor(dtype, {m, r}), small_integers(dtype, {m, n}),
+                     HostTensor(DType::float32, {r, k}), HostTensor(DType::float32, {n, r}),
+                     small_integers(dtype, {m, k})};
+    Results actual = expected;
+    const auto run = [&](Results& out, auto&& place) {
+      const TensorView t = place(out.t), x_view = place(x), a_view = place(a), b_view = place(b);
+      lora_forward({x_view, a_view, b_view, 0.5f, t, place(out.y)}, {});
+      lora_backward({place(dy), x_view, t, a_view, b_view, 0.5f, place(out.grad_a),
+                     place(out.grad_b), place(out.dx)},
+                    {});
+    };
+    run(expected, [](HostTensor& tensor) { return tensor.view(); });
+    {
+      OnDevice device;
+      run(actual, device);
+    }
+    expect_same_bytes(actual.t, expected.t, "t");
+    expect_same_bytes(actual.y, expected.y, "y");
+    expect_same_bytes(actual.grad_a, expected.grad_a, "grad_a");
+    expect_same_bytes(actual.grad_b, expected.grad_b, "grad_b");
+    expect_same_bytes(actual.dx, expected.dx, "dx");
+  }
+}
+
+TEST_P(CudaDtypeOperations, DropoutGivesTheCpuBits) {
+  for (const std::int64_t count : {1, 7, 1023, 5000}) {
+    HostTensor x = HostTensor::random(dtype, {count}, generator), seed(DType::int64, {1});
+    for (std::uint8_t& byte : seed.bytes()) byte = static_cast<std::uint8_t>(generator() % 128);
+    HostTensor expected(dtype, {count}), actual = expected;
+    dropout(x.view(), 0.3, seed.view(), expected.view(), {});
+    {
+      OnDevice device;
+      dropout(device(x), 0.3, device(seed), device(actual), {});
+    }
+    expect_same_bytes(actual, expected, "out");
+  }
+}
+
+constexpr std::int64_t adamw_counts[] = {1, 255, 256, 1000};
+
+HostTensor zeros(DType dtype, std::int64_t count) {
+  return {dtype, {count}, std::vector<double>(static_cast<std::size_t>(count))};
+}
+
+TEST_P(CudaDtypeOperations, AdamWStepsAListOfTensorsToTheCpuBits) {
+  struct State {
+    HostTensor param, grad, exp_avg, exp_avg_sq;
+  };
+  std::vector<State> expected;
+  for (const std::int64_t count : adamw_counts) {
+    expected.push_back({HostTensor::random(dtype, {count}, generator),
+                        HostTensor::random(dtype, {count}, generator, 0.01),
+                        zeros(DType::float32, count), zeros(DType::float32, count)});
+  }
+  std::vector<State> actual = expected;
+  const auto run = [](std::vector<State>& states, auto&& place) {
+    std::vector<AdamWTensor> tensors;
+    for (State& s : states) {
+      tensors.push_back({place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_sq)});
+    }
+    for (const std::int64_t t : {1, 2}) adamw_step(tensors, {{.step = t}, {}, {}, {}}, {});
+  };
+  run(expected, [](HostTensor& tensor) { return tensor.view(); });
+  {
+    OnDevice device;
+    run(actual, device);
+  }
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    expect_same_bytes(actual[i].param, expected[i].param, "param");
+    expect_same_bytes(actual[i].exp_avg, expected[i].exp_avg, "exp_avg");
+    expect_same_bytes(actual[i].exp_avg_sq, expected[i].exp_avg_sq, "exp_avg_sq");
+  }
+}
+
+TEST_P(CudaDtypeOperations, AdamW8bitStepsAListOfTensorsToTheCpuBits) {
+  struct State {
+    HostTensor param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax;
+  };
+  std::vector<State> expected;
+  for (const std::int64_t count : adamw_counts) {
+    const std::int64_t blocks = (count + adamw8bit_block_size - 1) / adamw8bit_block_size;
+    HostTensor zero_codes = zeros(DType::uint8, count);
+    for (std::uint8_t& code : zero_codes.bytes()) code = 127;  // 0 in the signed map
+    expected.push_back({HostTensor::random(dtype, {count}, generator),
+                        HostTensor::random(dtype, {count}, generator, 0.01), zero_codes,
+                        zeros(DType::float32, blocks), zeros(DType::uint8, count),
+                        zeros(DType::float32, blocks)});
+  }
+  std::vector<State> actual = expected;
+  const auto run = [](std::vector<State>& states, auto&& place) {
+    std::vector<AdamW8bitTensor> tensors;
+    for (State& s : states) {
+      tensors.push_back({place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_absmax),
+                         place(s.exp_avg_sq), place(s.exp_avg_sq_absmax)});
+    }
+    for (const std::int64_t t : {1, 2}) adamw8bit_step(tensors, {{.step = t}, {}, {}, {}}, {});
+  };
+  run(expected, [](HostTensor& tensor) { return tensor.view(); });
+  {
+    OnDevice device;
+    run(actual, device);
+  }
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    expect_same_bytes(actual[i].param, expected[i].param, "param");
+    expect_same_bytes(actual[i].exp_avg, expected[i].exp_avg, "exp_avg");
+    expect_same_bytes(actual[i].exp_avg_absmax, expected[i].exp_avg_absmax, "exp_avg_absmax");
+    expect_same_bytes(actual[i].exp_avg_sq, expected[i].exp_avg_sq, "exp_avg_sq");
+    expect_same_bytes(actual[i].exp_avg_sq_absmax, expected[i].exp_avg_sq_absmax,
+                      "exp_avg_sq_absmax");
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Dtypes, CudaDtypeOperations, float_dtypes, test_name_of);
+
+}  // namespace
+}  // namespace qlora
