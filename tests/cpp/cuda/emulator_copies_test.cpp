@@ -75,14 +75,15 @@ TEST_F(EmulatorCopies, RunsAPipeline) {
 }
 
 TEST_F(EmulatorCopies, FindsAReadBeforeTheWait) {
-  const char* const what = "to which a copy is on its way that thread ";
-  expect_fails(what, Bug::no_commit);
-  expect_fails(what, Bug::no_wait);
-  expect_fails(what, Bug::too_short_a_wait);
+  for (const Bug bug : {Bug::no_commit, Bug::no_wait, Bug::too_short_a_wait}) {
+    expect_fails(" reads byte ", bug);
+    expect_fails("to which a copy is on its way that thread ", bug);
+  }
 }
 
 TEST_F(EmulatorCopies, FindsAWriteUnderACopy) {
   expect_fails(" writes byte ", Bug::write_under_a_copy);
+  expect_fails("to which a copy is on its way that thread ", Bug::write_under_a_copy);
 }
 
 TEST_F(EmulatorCopies, FindsAMissingBarrierAfterTheWait) {
@@ -97,13 +98,16 @@ TEST_F(EmulatorCopies, FindsAnUnalignedSource) {
   expect_fails(" copies 16 bytes to shared memory from 0x", Bug::unaligned_source);
 }
 
-__global__ void copy_kernel(const Bytes16* in, int count, int offset, bool is_waited_for,
+enum class Until { issued, committed, waited_for };
+
+__global__ void copy_kernel(const Bytes16* in, int count, int offset, Until until,
                             std::uint32_t* out) {
   const int thread = static_cast<int>(threadIdx.x);
   const Shared<Bytes16> to = dynamic_shared_memory<Bytes16>(offset) + thread;
   copy_async_16(to, in + thread, thread < count);
+  if (until == Until::issued) return;
   commit_copies();
-  if (!is_waited_for) return;
+  if (until == Until::committed) return;
   wait_for_copies<0>();
   out[thread] = to.load().words[1];
 }
@@ -111,19 +115,21 @@ __global__ void copy_kernel(const Bytes16* in, int count, int offset, bool is_wa
 TEST_F(EmulatorCopies, WriteZerosAndReadNothingBeyondTheSource) {
   const std::vector<Bytes16> five(in, in + 5);  // ASan sees a read beyond it
   std::uint32_t words[32];
-  run(copy_kernel, one_warp, five.data(), 5, 0, true, words);
+  run(copy_kernel, one_warp, five.data(), 5, 0, Until::waited_for, words);
   for (std::uint32_t i = 0; i < 32; ++i) EXPECT_EQ(words[i], i < 5 ? 2 * i : 0);
 }
 
 TEST_F(EmulatorCopies, FindsOnesThatAThreadLeavesBehind) {
   std::uint32_t words[32];
-  expect_failure(" returns without having waited for 1 of its copies to shared memory", copy_kernel,
-                 one_warp, in, 32, 0, false, words);
+  for (const Until until : {Until::issued, Until::committed}) {
+    expect_failure(" returns without having waited for 1 of its copies to shared memory",
+                   copy_kernel, one_warp, in, 32, 0, until, words);
+  }
 }
 
 TEST_F(EmulatorCopies, FindsAnUnalignedDestination) {
   std::uint32_t words[32];
-  expect_failure(" at byte ", copy_kernel, one_warp, in, 32, 8, true, words);
+  expect_failure(" at byte ", copy_kernel, one_warp, in, 32, 8, Until::waited_for, words);
 }
 
 }  // namespace

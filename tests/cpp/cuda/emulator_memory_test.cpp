@@ -109,7 +109,10 @@ TEST_F(Emulator, FindsAWriteAfterReadsOfManyThreads) {
     run(read_together_kernel, two_warps, 31, 7, Barrier::warp);
     run(read_together_kernel, two_warps, 63, 7, Barrier::thread_block);
   });
-  expect_failure(" byte 0 of shared memory", read_together_kernel, two_warps, 1, 0, Barrier::none);
+  for (const int writer : {0, 7, 31}) {  // at the shuffle all have read
+    expect_failure(" has read, with no __syncwarp or", read_together_kernel, one_warp, 31, writer,
+                   Barrier::shuffle);
+  }
   for (const int writer : {0, 7, 31, 32, 63}) {
     for (const Barrier barrier : {Barrier::none, Barrier::warp}) {
       expect_failure(" byte 0 of shared memory", read_together_kernel, two_warps, 63, writer,

@@ -9,8 +9,8 @@
 //
 // To see where in a kernel that was, set a breakpoint on emulator::fail.
 //
-// What it cannot show: races in global memory, speed, how a device rounds the sums in its tensor
-// cores, and what nvcc makes of the source.
+// What it cannot show: races in global memory, also between thread blocks, which run one after the
+// other; speed; how a device rounds the sums in its tensor cores; what nvcc makes of the source.
 #pragma once
 
 #include <array>
