@@ -32,6 +32,9 @@ __device__ Word load_once(const Word* address) {
 #if defined(__CUDA_ARCH__)
   return __ldcs(address);
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, sizeof(Word));
+#endif
   Word value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -56,6 +59,9 @@ __device__ inline Bytes16 load_16_bytes(const void* address) {
   const uint4 v = *static_cast<const uint4*>(address);
   return {{v.x, v.y, v.z, v.w}};
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 16);
+#endif
   Bytes16 value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -68,6 +74,9 @@ __device__ inline void store_16_bytes(void* address, const Bytes16& value) {
   *static_cast<uint4*>(address) =
       make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 16);
+#endif
   std::memcpy(address, &value, sizeof value);
 #endif
 }
