@@ -44,6 +44,7 @@ void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaS
     partials.emplace(static_cast<std::size_t>(plan.split * count) * sizeof(float), stream, name);
   }
   const T* const bias = matmul.bias.is_present ? matmul.bias.as<const T>() : nullptr;
+  const int shared = columns_per_scale(matmul.direction, plan.token_tiles);
   const NF4FewTokensArguments<T> arguments{
       .input = matmul.input.as<const T>(),
       .codes = weight.codes.as<const std::uint8_t>(),
@@ -55,7 +56,9 @@ void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaS
       .n = static_cast<int>(weight.n),
       .k = static_cast<int>(weight.k),
       .split = plan.split,
-      .block_size_log2 = std::countr_zero(static_cast<std::uint64_t>(weight.block_size)),
+      .chunks_per_block_log2 =
+          std::countr_zero(static_cast<std::uint64_t>(weight.block_size)) - chunk_log2,
+      .shares_scales = weight.block_size % shared == 0 && weight.k % shared == 0,
       .is_input_aligned = matmul.reduced() % grad_rows_per_lane == 0};
   launch(name, choose_kernel<T>(matmul.direction, plan.token_tiles),
          {static_cast<unsigned>(plan.thread_blocks), few_tokens_threads, plan.shared_bytes}, stream,
@@ -72,8 +75,8 @@ void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaS
 }  // namespace
 
 bool nf4_matmul_few_tokens_supports(const NF4Matmul& matmul) {
-  constexpr std::int64_t max_elements = std::int64_t{1} << 36;  // 32-bit numbers of blocks
-  constexpr std::int64_t max_size = std::int64_t{1} << 30;      // 32-bit rows and columns
+  constexpr std::int64_t max_elements = std::int64_t{1} << 36;  // 32-bit numbers of chunks
+  constexpr std::int64_t max_size = std::int64_t{1} << 26;      // 32 of these in 32 bits
   const NF4Weight& weight = matmul.weight;
   return matmul.input.dtype != DType::float32 && weight.k % forward_columns_per_lane == 0 &&
          weight.k <= max_size && weight.n <= max_size &&

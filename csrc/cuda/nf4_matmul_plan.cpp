@@ -43,10 +43,6 @@ const Limits& limits_of(const DeviceTraits& device) {
   return *found;
 }
 
-// Thread blocks of the kernel for few tokens that a multiprocessor holds at a time: its registers
-// are the limit (128 for each of 256 threads, of 65536).
-constexpr std::int64_t resident_few_tokens_blocks = 2;
-
 }  // namespace
 
 const char* name_of(Strategy strategy) {
@@ -70,8 +66,8 @@ FewTokensPlan plan_few_tokens(const NF4MatmulProblem& problem, const DeviceTrait
   // Share each sum among so many thread blocks that all are resident at once and fill the device,
   // but leave each warp two units of work: one to load while it multiplies the other.
   const std::int64_t units = ceil_divide(terms, few_tokens_terms_per_unit(problem.direction));
-  const std::int64_t wanted =
-      resident_few_tokens_blocks * device.multiprocessor_count / column_blocks;
+  const std::int64_t wanted = few_tokens_resident_blocks(problem.direction, plan.token_tiles) *
+                              device.multiprocessor_count / column_blocks;
   plan.split =
       static_cast<int>(std::max<std::int64_t>(1, std::min(wanted, units / (2 * few_tokens_warps))));
   plan.thread_blocks = plan.split * column_blocks;
