@@ -9,8 +9,6 @@
 namespace qlora::cuda {
 namespace {
 
-constexpr const char* name = "NF4 product, few tokens";
-
 bool is_aligned(const void* address, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
 }
@@ -32,11 +30,15 @@ Kernel<T> choose_kernel(Direction direction, int token_tiles) {
       return is_forward ? nf4_few_tokens_forward_kernel<T, 4>
                         : nf4_few_tokens_grad_input_kernel<T, 4>;
   }
-  throw InvalidArgument(message(name, ": no kernel for ", token_tiles, " tiles of tokens"));
+  throw InvalidArgument(
+      message(operation_of(direction), ": no kernel for ", token_tiles, " tiles of tokens"));
 }
 
 template <typename T>
 void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaStream_t stream) {
+  const bool is_forward = matmul.direction == Direction::forward;
+  const char* const name =
+      is_forward ? "nf4_linear, few tokens" : "nf4_linear_grad_input, few tokens";
   const NF4Weight& weight = matmul.weight;
   const std::int64_t count = matmul.m() * matmul.columns();
   std::optional<StreamBuffer> partials;
@@ -65,7 +67,8 @@ void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaS
          arguments);
   if (!partials) return;
   constexpr std::int64_t max_sum_blocks = 1024;  // some waves of any GPU; the rest goes round
-  launch("NF4 product, few tokens: sum", nf4_few_tokens_sum_kernel<T>,
+  launch(is_forward ? "nf4_linear, few tokens' sum" : "nf4_linear_grad_input, few tokens' sum",
+         nf4_few_tokens_sum_kernel<T>,
          {static_cast<unsigned>(std::min(ceil_divide(count, few_tokens_threads), max_sum_blocks)),
           few_tokens_threads},
          stream, arguments.partials, bias, arguments.output, count,
