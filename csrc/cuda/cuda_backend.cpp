@@ -127,8 +127,7 @@ CudaInfo cuda_info() {
 }
 
 std::string cuda_nf4_matmul_strategy(const NF4MatmulShape& shape, int index) {
-  const char* const operation = shape.is_grad_input ? "nf4_linear_grad_input" : "nf4_linear";
-  return name_of(cuda::advise_nf4_matmul(shape, cuda::device_traits(index, operation)));
+  return name_of(cuda::advise_nf4_matmul(shape, cuda::device_traits(index, "nf4_matmul_strategy")));
 }
 
 }  // namespace qlora

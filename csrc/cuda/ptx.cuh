@@ -115,6 +115,15 @@ __device__ inline std::uint32_t max_of_warp(std::uint32_t value) {
 #endif
 }
 
+/// Byte `i` of a little-endian word, as one instruction.
+__device__ inline std::uint32_t byte_of(std::uint32_t word, int i) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(word, 0, 0x4440u + static_cast<unsigned>(i));
+#else
+  return word >> 8 * i & 0xff;
+#endif
+}
+
 /// The larger one, or NaN if one of the two is NaN. (fmaxf would return the other.)
 __device__ inline float max_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)

@@ -76,13 +76,13 @@ TEST(NF4MatmulPlan, CutsFewTokensToFillTheDevice) {
   EXPECT_EQ(plan(forward, 1, 4096, 4096), (FewTokensPlan{1, 1, 256, bytes}));
   EXPECT_EQ(plan(forward, 1, 1024, 4096), (FewTokensPlan{1, 2, 128, bytes}));
   EXPECT_EQ(plan(forward, 9, 4096, 4096), (FewTokensPlan{2, 2, 256, bytes}));
-  EXPECT_EQ(plan(forward, 32, 4096, 14336), (FewTokensPlan{4, 2, 256, bytes}));
+  EXPECT_EQ(plan(forward, 32, 4096, 14336), (FewTokensPlan{4, 1, 128, bytes}));
   EXPECT_EQ(plan(forward, 1, 14336, 4096), (FewTokensPlan{1, 1, 896, bytes}));
   EXPECT_EQ(plan(forward, 1, 1, 32), (FewTokensPlan{1, 1, 1, bytes}));
-  EXPECT_EQ(plan(grad_input, 1, 4096, 4096), (FewTokensPlan{1, 16, 256, bytes}));
+  EXPECT_EQ(plan(grad_input, 1, 4096, 4096), (FewTokensPlan{1, 8, 256, bytes}));
   EXPECT_EQ(plan(grad_input, 16, 4096, 4096), (FewTokensPlan{2, 8, 256, bytes}));
   EXPECT_EQ(plan(grad_input, 32, 4096, 4096), (FewTokensPlan{4, 4, 256, bytes}));
-  EXPECT_EQ(plan(grad_input, 1, 4096, 14336), (FewTokensPlan{1, 4, 224, bytes}));
+  EXPECT_EQ(plan(grad_input, 1, 4096, 14336), (FewTokensPlan{1, 2, 224, bytes}));
   EXPECT_EQ(plan(grad_input, 1, 255, 32), (FewTokensPlan{1, 1, 1, bytes}));
 }
 
