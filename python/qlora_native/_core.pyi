@@ -4,7 +4,7 @@ Where that says x[m, k] of a product, here x[..., k] is taken, and so with y, dy
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from torch import Tensor
 
@@ -41,12 +41,18 @@ def nf4_linear_grad_input(
     dy: Tensor, weight: NF4Tensors, dx: Tensor, num_threads: int, stream: int
 ) -> None: ...
 def nf4_matmul_strategy(
-    direction: str, m: int, n: int, k: int, dtype_name: str, block_size: int, device_index: int
-) -> str:
-    """How a product is done on a CUDA device: by "plain", "few_tokens" or "tiles", the core's own
-    kernels, or better by way of a "workspace": nf4_dequantize, then a GEMM of the caller's.
+    direction: Literal["forward", "grad_input"],
+    m: int,
+    n: int,
+    k: int,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    block_size: int,
+    device_index: int,
+) -> Literal["plain", "few_tokens", "tiles", "workspace"]:
+    """How a product of m tokens is computed best on a CUDA device.
 
-    `direction` is "forward" (nf4_linear) or "grad_input" (nf4_linear_grad_input).
+    By a kernel of the core's, or ("workspace") by a dense product with the dequantised weight,
+    which is the caller's to do.
     """
 
 def lora_forward(
