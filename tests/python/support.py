@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -227,6 +230,26 @@ def lora_results(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     y = layer(x)
     dx, da, db = torch.autograd.grad(y, (x, layer.lora_a, layer.lora_b), dy)
     return {"y": y, "dx": dx, "da": da, "db": db}
+
+
+# ---- peers
+
+
+@contextlib.contextmanager
+def import_bitsandbytes() -> Iterator[None]:
+    """Inside, bitsandbytes imports quietly, and without a look at a hub for faster kernels."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    patch = pytest.MonkeyPatch()
+    patch.setitem(sys.modules, "kernels", None)  # what it would fetch with
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        patch.undo()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 # ---- doors
