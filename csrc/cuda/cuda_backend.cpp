@@ -2,6 +2,7 @@
 // demand of their arguments.
 #include "core/backend.h"
 #include "cuda/nf4_codec.h"
+#include "cuda/paged_buffer.h"
 #include "cuda/runtime.h"
 
 namespace qlora {
@@ -65,6 +66,11 @@ class CudaBackend final : public Backend {
     check_scales_aligned(weight, "nf4_dequantize_absmax");
     const DeviceGuard guard(out.device, "nf4_dequantize_absmax");
     cuda::launch_nf4_dequantize_absmax(weight, out.as<float>(), stream_of(context));
+  }
+
+  std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
+                                                 const PagedBufferOptions& options) const override {
+    return cuda::make_cuda_paged_buffer(device, options);
   }
 };
 
