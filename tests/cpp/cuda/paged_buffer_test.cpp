@@ -257,6 +257,42 @@ TEST_P(CudaPaging, ItIsFreedWhileItsPagesAreOnTheirWay) {
   cudaStreamSynchronize(stream);
 }
 
+TEST_P(CudaPaging, APageComesAfterWhatTheCallersStreamWrote) {
+  for (const Turn turn : {Turn::oldest_stream, Turn::newest_stream}) {
+    streams().turn = turn;
+    const auto buffer = make(GetParam());  // its streams are older than the caller's
+    const Stream stream;
+    emulator::queue_kernel(stream, buffer->data(), 1, [memory = buffer->data()] {
+      std::memset(memory, 0, static_cast<std::size_t>(bytes));
+    });
+    walk(*buffer, stream, 0);
+    cudaStreamSynchronize(stream);
+    EXPECT_EQ(
+        0, std::memcmp(buffer->data(), expected_after(1).data(), static_cast<std::size_t>(bytes)));
+  }
+}
+
+TEST_P(CudaPaging, OfTwoRequestsTheLaterOneCounts) {
+  if (GetParam().strategy != PagingStrategy::managed) GTEST_SKIP() << "the host keeps a copy";
+  for (const Turn turn : {Turn::oldest_stream, Turn::newest_stream}) {
+    streams().turn = turn;
+    const Stream stream;
+    const auto buffer = make(GetParam());
+    buffer->prefetch_to_device({0, bytes}, stream);
+    const std::int64_t device_bytes = buffer->report().device_bytes;
+    EXPECT_GT(device_bytes, 0);
+    buffer->prefetch_to_host({0, bytes}, stream);
+    buffer->join(stream);
+    cudaStreamSynchronize(stream);
+    EXPECT_EQ(streams().managed_on_device_bytes, 0u);
+    buffer->prefetch_to_host({0, bytes}, stream);
+    buffer->prefetch_to_device({0, bytes}, stream);
+    buffer->join(stream);
+    cudaStreamSynchronize(stream);
+    EXPECT_EQ(streams().managed_on_device_bytes, static_cast<std::size_t>(device_bytes));
+  }
+}
+
 TEST_P(CudaPaging, PagesAreWorkedOnInAnyOrder) {
   for (unsigned seed = 1; seed <= 10; ++seed) {
     streams().turn = Turn::shuffled;

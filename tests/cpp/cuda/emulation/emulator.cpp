@@ -334,6 +334,7 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
 }
 
 cudaError_t cudaFree(void* memory) {
+  emulator::forget_managed(memory);
   std::free(memory);
   --device().live_allocations;
   return cudaSuccess;
