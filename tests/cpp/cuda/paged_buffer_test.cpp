@@ -276,8 +276,8 @@ TEST_P(CudaPaging, OfTwoRequestsTheLaterOneCounts) {
   if (GetParam().strategy != PagingStrategy::managed) GTEST_SKIP() << "the host keeps a copy";
   for (const Turn turn : {Turn::oldest_stream, Turn::newest_stream}) {
     streams().turn = turn;
+    const auto buffer = make(GetParam());  // its streams are older than the caller's
     const Stream stream;
-    const auto buffer = make(GetParam());
     buffer->prefetch_to_device({0, bytes}, stream);
     const std::int64_t device_bytes = buffer->report().device_bytes;
     EXPECT_GT(device_bytes, 0);
@@ -502,8 +502,10 @@ TEST_F(CudaPagedBufferTest, AForkedChildFreesNothingAndIsToldWhy) {
     } catch (const Unsupported&) {
       is_refused = true;
     }
+    device().synchronize_count = 0;
     buffer.reset();
-    const bool is_all_there = streams().live == live && device().live_allocations == allocations;
+    const bool is_all_there = device().synchronize_count == 0 && streams().live == live &&
+                              device().live_allocations == allocations;
     _exit(is_refused && is_all_there ? 0 : 1);
   }
   int status = -1;
