@@ -27,8 +27,8 @@ struct GiveBack {
 using OwnedStream = std::unique_ptr<CUstream_st, GiveBack<cudaStreamDestroy>>;
 using OwnedEvent = std::unique_ptr<CUevent_st, GiveBack<cudaEventDestroy>>;
 /// Of cudaMalloc or cudaMallocManaged.
-using OwnedMemory = std::unique_ptr<std::byte, GiveBack<&cudaFree>>;
-using OwnedPinnedMemory = std::unique_ptr<std::byte, GiveBack<&cudaFreeHost>>;
+using OwnedMemory = std::unique_ptr<std::byte, GiveBack<cudaFree>>;
+using OwnedPinnedMemory = std::unique_ptr<std::byte, GiveBack<cudaFreeHost>>;
 
 /// A stream that does not wait for the default stream, nor makes it wait.
 inline OwnedStream make_stream(const char* operation) {
