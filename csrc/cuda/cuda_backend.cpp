@@ -6,6 +6,7 @@
 #include "cuda/lora.h"
 #include "cuda/nf4_codec.h"
 #include "cuda/nf4_matmul_dispatch.h"
+#include "cuda/paged_buffer.h"
 #include "cuda/runtime.h"
 
 namespace qlora {
@@ -112,6 +113,11 @@ class CudaBackend final : public Backend {
                       const ExecutionContext& context) const override {
     const DeviceGuard guard(tensors.front().param.device, "adamw8bit_step");
     cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
+  }
+
+  std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
+                                                 const PagedBufferOptions& options) const override {
+    return cuda::make_cuda_paged_buffer(device, options);
   }
 };
 

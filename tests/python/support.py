@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -273,3 +274,17 @@ def dispatcher() -> Iterator[list[str]]:
     """Inside, calls take the dispatcher's door; yields the operators that it saw."""
     with _PassThrough() as mode:
         yield mode.seen
+
+
+# ---- a process of its own
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
