@@ -49,8 +49,8 @@ def nf4_matmul_strategy(
 ) -> Literal["plain", "few_tokens", "tiles", "workspace"]:
     """How a product of m tokens is computed best on a CUDA device.
 
-    By a kernel of the core's, or ("workspace") by a dense product with the dequantised weight, which
-    is the caller's to do.
+    By a kernel of the core's, or ("workspace") by a dense product with the dequantised weight,
+    which is the caller's to do.
     """
 
 def lora_forward(
