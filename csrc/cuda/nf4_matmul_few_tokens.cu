@@ -4,7 +4,8 @@
 #include <optional>
 
 #include "cuda/launch.cuh"
-#include "cuda/nf4_matmul_few_tokens.cuh"
+#include "cuda/nf4_matmul_few_tokens_forward.cuh"
+#include "cuda/nf4_matmul_few_tokens_grad_input.cuh"
 
 namespace qlora::cuda {
 namespace {
