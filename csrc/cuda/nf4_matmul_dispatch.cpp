@@ -13,7 +13,6 @@ NF4MatmulProblem problem_of(const NF4Matmul& matmul, const DeviceTraits& device)
           .m = matmul.m(),
           .n = matmul.weight.n,
           .k = matmul.weight.k,
-          .dtype = matmul.input.dtype,
           .is_taken_by_few_tokens = nf4_matmul_few_tokens_supports(matmul),
           .is_taken_by_tiles = nf4_matmul_tiles_supports(matmul, device)};
 }

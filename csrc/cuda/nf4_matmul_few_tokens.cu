@@ -4,7 +4,8 @@
 #include <optional>
 
 #include "cuda/launch.cuh"
-#include "cuda/nf4_matmul_few_tokens.cuh"
+#include "cuda/nf4_matmul_few_tokens_forward.cuh"
+#include "cuda/nf4_matmul_few_tokens_grad_input.cuh"
 
 namespace qlora::cuda {
 namespace {
@@ -39,6 +40,8 @@ void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaS
   const bool is_forward = matmul.direction == Direction::forward;
   const char* const name =
       is_forward ? "nf4_linear, few tokens" : "nf4_linear_grad_input, few tokens";
+  check(matmul.m() <= plan.token_tiles * tokens_per_mma, name, ": there are ", matmul.m(),
+        " tokens, the plan has tiles for ", plan.token_tiles * tokens_per_mma);
   const NF4Weight& weight = matmul.weight;
   const std::int64_t count = matmul.m() * matmul.columns();
   std::optional<StreamBuffer> partials;

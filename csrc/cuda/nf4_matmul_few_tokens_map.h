@@ -13,9 +13,10 @@
 //
 //                Step s of 8 takes its columns 4 s to 4 s + 3: terms 2 pair, +1, 2 pair + 8, +9.
 //
-//   grad_input   rows are columns of W, terms are its rows. A lane loads 8 (or 4) bytes of rows 4 pair to 4 pair + 3, which are terms 2 pair, +1, 2 pair + 8, +9; group g has
-//                the columns next to those of g - 1. Step s takes byte s of each: its even column is
-//                row `group`, its odd one row `group + 8`.
+//   grad_input   rows are columns of W, terms are its rows. A lane loads 8 (or 4) bytes of rows
+//                4 pair to 4 pair + 3, which are terms 2 pair, +1, 2 pair + 8, +9; group g has the
+//                columns next to those of g - 1. Step s takes byte s of each: its even column is row
+//                `group`, its odd one row `group + 8`.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,7 @@ inline constexpr int tokens_per_mma = 8;
 inline constexpr int rows_per_mma = 16;
 inline constexpr int terms_per_mma = 16;
 
-// The sums of 4 tiles of tokens fill 32 (forward) or 64 (grad_input) registers.
+// The sums of 4 tiles of tokens fill 32 (forward) or 64 (grad_input) of a lane's registers.
 inline constexpr int max_token_tiles = 4;
 inline constexpr std::int64_t nf4_max_few_tokens = max_token_tiles * tokens_per_mma;
 
@@ -75,7 +76,7 @@ QLORA_HOST_DEVICE constexpr int forward_column(int lane) {
 inline constexpr int grad_rows_per_lane = 4;
 inline constexpr int grad_rows_per_unit = 16;
 
-/// Of a row: what leaves registers for the sums, of which there are as many as weights a row.
+/// Of each row: as many as the registers have sums for, 4 a byte and tile of tokens.
 QLORA_HOST_DEVICE constexpr int grad_bytes_per_lane(int token_tiles) {
   return token_tiles == 4 ? 4 : 8;
 }

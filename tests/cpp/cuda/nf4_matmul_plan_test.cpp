@@ -19,7 +19,7 @@ constexpr DeviceTraits devices[] = {a100, rtx3090, rtx4090, h200, b200, rtx5090}
 
 NF4MatmulProblem problem(Direction direction, std::int64_t m, std::int64_t n, std::int64_t k,
                          bool is_taken = true) {
-  return {direction, m, n, k, DType::bfloat16, is_taken, is_taken};
+  return {direction, m, n, k, is_taken, is_taken};
 }
 
 struct Line {

@@ -258,6 +258,18 @@ TEST_P(CudaFewTokens, ANaNTokenStaysAlone) {
   }
 }
 
+TEST_P(CudaFewTokens, RefuseMoreTokensThanPlanned) {
+  HostTensor input(dtype, {33, 64}), output(dtype, {33, 64});
+  StoredWeight weight(64, 64, 64, false);
+  expect_invalid(std::string(operation_of(direction)) +
+                     ", few tokens: there are 33 tokens, the plan has tiles for 32",
+                 [&] {
+                   cuda::launch_nf4_matmul_few_tokens(
+                       {direction, input.view(), output.view(), weight.view(), {}},
+                       {.token_tiles = 4, .split = 1, .thread_blocks = 1}, nullptr);
+                 });
+}
+
 // ---- the backend
 
 /// The name of the kernel that a call queues first: the emulated device refuses it, and the error
