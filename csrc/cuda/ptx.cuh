@@ -115,6 +115,15 @@ __device__ inline float multiply_then_add(float a, float b, float c) {
 #endif
 }
 
+/// a * b + c, rounded once whatever the compiler's flags.
+__device__ inline float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
 /// Two fp32 rounded to T, ties to even: `low` in the lower half. As from_float<T>, but for the
 /// payload of a NaN.
 template <typename T>

@@ -13,7 +13,7 @@
 
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __forceinline__ inline
 #define __grid_constant__
 #define QLORA_CUDA_EMULATION  // shared memory and warps' instructions go by emulator.h
