@@ -8,18 +8,15 @@
 //   a thread block owns a chunk of 4096 elements (adamw_chunks.h), a thread 4 quads of it
 //   28 bytes an element in fp32, 22 with a 16-bit parameter and gradient; no shared memory
 //
-// A thread has two quads on their way, 64 bytes at least: half of an SM's threads hide the latency of
-// HBM with them. The two divisions and the root are IEEE's, some 30 of the 70 instructions an
-// element, where memory leaves an H200 room for 140.
+// A thread has a quad on its way, 48 to 64 bytes: 48 KB or more for the 1024 threads of an SM, where
+// HBM's latency wants some 30. The two divisions and the root, which are IEEE's, are half of the 60
+// instructions that an element takes; at HBM's speed an H200 has room for 150.
 #pragma once
 
 #include "cuda/adamw_rule.cuh"
 #include "cuda/quad.cuh"
 
 namespace qlora::cuda {
-
-inline constexpr int quads_in_flight = 1;
-static_assert(quads_per_thread % quads_in_flight == 0);
 
 // 64 registers a thread.
 inline constexpr int adamw_thread_blocks_per_multiprocessor = 4;
@@ -73,33 +70,24 @@ __device__ void step_chunk(const AdamWDeviceRule& rule, const AdamWEntry& tensor
   void* const exp_avg_sqs = element_address(FloatKind::float32, tensor.exp_avg_sq, begin);
   const int count =
       is_whole ? elements_per_chunk : elements_left(tensor.count, begin, elements_per_chunk);
-#pragma unroll 1
-  for (int step = 0; step < quads_per_thread; step += quads_in_flight) {
-    QuadPlace at[quads_in_flight];
-    RawQuad param[quads_in_flight], grad[quads_in_flight];
-    RawQuad exp_avg[quads_in_flight], exp_avg_sq[quads_in_flight];
+#pragma unroll 1  // unrolled it takes more registers, and fewer threads fit
+  for (int step = 0; step < quads_per_thread; ++step) {
+    const QuadPlace at = place_of(quad_of_thread(step, thread), count, is_whole, tensor.is_aligned);
+    const RawQuad param = load_quad(tensor.param_kind, params, at);
+    const RawQuad grad = load_quad(tensor.grad_kind, grads, at);
+    const RawQuad exp_avg = load_quad(FloatKind::float32, exp_avgs, at);
+    const RawQuad exp_avg_sq = load_quad(FloatKind::float32, exp_avg_sqs, at);
+    Quad p = widen(tensor.param_kind, param);
+    const Quad g = widen(tensor.grad_kind, grad);
+    Quad m = widen(FloatKind::float32, exp_avg);
+    Quad v = widen(FloatKind::float32, exp_avg_sq);
 #pragma unroll
-    for (int q = 0; q < quads_in_flight; ++q) {
-      at[q] = place_of(quad_of_thread(step + q, thread), count, is_whole, tensor.is_aligned);
-      param[q] = load_quad(tensor.param_kind, params, at[q]);
-      grad[q] = load_quad(tensor.grad_kind, grads, at[q]);
-      exp_avg[q] = load_quad(FloatKind::float32, exp_avgs, at[q]);
-      exp_avg_sq[q] = load_quad(FloatKind::float32, exp_avg_sqs, at[q]);
+    for (int i = 0; i < elements_per_quad; ++i) {
+      rule(p.values[i], g.values[i], m.values[i], v.values[i]);
     }
-#pragma unroll
-    for (int q = 0; q < quads_in_flight; ++q) {
-      Quad p = widen(tensor.param_kind, param[q]);
-      const Quad g = widen(tensor.grad_kind, grad[q]);
-      Quad m = widen(FloatKind::float32, exp_avg[q]);
-      Quad v = widen(FloatKind::float32, exp_avg_sq[q]);
-#pragma unroll
-      for (int i = 0; i < elements_per_quad; ++i) {
-        rule(p.values[i], g.values[i], m.values[i], v.values[i]);
-      }
-      store_quad(tensor.param_kind, params, at[q], p);
-      store_quad(FloatKind::float32, exp_avgs, at[q], m);
-      store_quad(FloatKind::float32, exp_avg_sqs, at[q], v);
-    }
+    store_quad(tensor.param_kind, params, at, p);
+    store_quad(FloatKind::float32, exp_avgs, at, m);
+    store_quad(FloatKind::float32, exp_avg_sqs, at, v);
   }
 }
 
