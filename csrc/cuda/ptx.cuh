@@ -145,7 +145,7 @@ __device__ inline float multiply_then_add(float a, float b, float c) {
 #endif
 }
 
-/// a * b + c, rounded once.
+/// a * b + c, rounded once whatever the compiler's flags.
 __device__ inline float fused_multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
