@@ -41,11 +41,12 @@ TEST_F(Emulator, FindsABarrierInADivergentBranch) {
   expect_failure(" waits in __syncthreads (emulator_warp_test.cpp:", diverge_kernel, {1, 64});
 }
 
-enum class Missing { nothing, a_lane, a_lane_that_votes, a_mask_bit };
+enum class Missing { nothing, a_lane, a_lane_that_votes, a_mask_bit, a_mask_bit_of_a_barrier };
 
 __global__ void shuffle_kernel(Missing missing) {
   const bool is_odd_one = threadIdx.x == 17;
   const unsigned mask = missing == Missing::a_mask_bit ? all_lanes >> 1 : all_lanes;
+  if (missing == Missing::a_mask_bit_of_a_barrier) __syncwarp(all_lanes >> 1);
   if (is_odd_one && missing == Missing::a_lane) return;
   if (is_odd_one && missing == Missing::a_lane_that_votes) {
     __any_sync(mask, 1);
@@ -60,7 +61,9 @@ TEST_F(Emulator, FindsAShuffleThatALaneMisses) {
                  Missing::a_lane);
   expect_failure("__any_sync (emulator_warp_test.cpp:", shuffle_kernel, {1, 64},
                  Missing::a_lane_that_votes);
-  expect_failure("without all lanes in its mask", shuffle_kernel, {1, 64}, Missing::a_mask_bit);
+  for (const Missing missing : {Missing::a_mask_bit, Missing::a_mask_bit_of_a_barrier}) {
+    expect_failure("without all lanes in its mask", shuffle_kernel, {1, 64}, missing);
+  }
   expect_failure("in a warp of fewer than 32 threads", shuffle_kernel, {1, 16}, Missing::nothing);
 }
 
