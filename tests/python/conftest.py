@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = "torch sees no GPU"
     else:
         return
+    if os.environ.get("QLORA_REQUIRE_GPU") == "1":
+        raise pytest.UsageError(f"QLORA_REQUIRE_GPU=1, but {reason}")
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,4 +1,4 @@
-"""The CUDA benchmark without a GPU: goals, floors, statistics, the table; and every row on a CPU."""
+"""The CUDA benchmark without a GPU: goals, floors, statistics, the table; all rows on a CPU."""
 
 import json
 import subprocess
