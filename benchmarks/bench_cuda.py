@@ -26,6 +26,7 @@ import rows_cuda_adamw
 import rows_cuda_codec
 import rows_cuda_linear
 import rows_cuda_lora
+import rows_cuda_paging
 from cuda_harness import run_work, try_work
 from cuda_weights import CudaWeights
 from harness import Row, Work
@@ -48,6 +49,7 @@ def all_works(shapes: list[str], device: torch.device, quick: bool) -> Iterator[
         yield from rows_cuda_linear.works(weights, tokens)
         yield from rows_cuda_lora.works(weights, lora_tokens)
     yield from rows_cuda_adamw.works(device, shrink)
+    yield from rows_cuda_paging.works(device)
 
 
 def parse_arguments() -> argparse.Namespace:

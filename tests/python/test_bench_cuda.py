@@ -15,6 +15,7 @@ import cuda_device
 import cuda_harness
 import cuda_peers
 import cuda_report
+import rows_cuda_paging
 from cuda_clock import Round
 from cuda_device import COPY, GEMM, LINK, CudaLimits
 from goals import BNB, CUDA_GOALS, LIMIT, OWN_ONE_TOKEN, Goal, judge
@@ -142,6 +143,41 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(error):
     row, reason = cuda_harness.try_work(fail)
     assert row is None
     assert reason == f"{type(error).__name__}: WRONG: off"
+
+
+class FakePagedBuffer:
+    """Ordinary memory in pages, as the CPU's PagedBuffer."""
+
+    forgets = False
+
+    def __init__(self, device, bytes, *, page_bytes, strategy="automatic"):
+        self.device, self.bytes, self.page_bytes = device, bytes, page_bytes
+        self.page_count = bytes // page_bytes
+        self._memory = torch.zeros(bytes, dtype=torch.uint8)
+
+    def memory(self, offset, bytes):
+        return self._memory[offset : offset + bytes]
+
+    def begin(self, page, stream):
+        memory = self.memory(page * self.page_bytes, self.page_bytes)
+        return memory.clone() if self.forgets else memory
+
+    def end(self, page, stream):
+        pass
+
+    def join(self, stream):
+        pass
+
+
+def test_paging_counts_each_page_both_ways_and_sees_one_that_is_lost(monkeypatch):
+    monkeypatch.setattr(rows_cuda_paging._core, "PagedBuffer", FakePagedBuffer, raising=False)
+    (work,) = rows_cuda_paging.works(CPU)
+    case = work.prepare()
+    assert case.bytes_moved == 2 * 4 * 2**16
+    assert LIMITS.at_best(case)[0] == LINK
+    monkeypatch.setattr(FakePagedBuffer, "forgets", True)
+    with pytest.raises(SystemExit, match="a page was not written back"):
+        work.prepare()
 
 
 # ---- peers
