@@ -7,6 +7,19 @@
 namespace qlora {
 namespace {
 
+/// torch's own error where torch is loaded, so that code which frees memory and tries again does so
+/// for this library's too. It is looked up at each error: nothing here imports torch.
+void set_out_of_memory(const char* text) {
+  if (const auto torch =
+          py::reinterpret_steal<py::object>(PyImport_GetModule(py::str("torch").ptr()))) {
+    const auto type =
+        py::reinterpret_steal<py::object>(PyObject_GetAttrString(torch.ptr(), "OutOfMemoryError"));
+    if (type) return py::set_error(type, text);
+  }
+  PyErr_Clear();
+  py::set_error(PyExc_MemoryError, text);
+}
+
 void register_errors() {
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
@@ -16,6 +29,8 @@ void register_errors() {
     } catch (const Unsupported& e) {
       py::set_error(PyExc_NotImplementedError, e.what());
     } catch (const OutOfMemory& e) {
+      set_out_of_memory(e.what());
+    } catch (const HostOutOfMemory& e) {
       py::set_error(PyExc_MemoryError, e.what());
     } catch (const CudaError& e) {
       py::set_error(PyExc_RuntimeError, e.what());
@@ -37,6 +52,18 @@ py::dict build_info() {
   return info;
 }
 
+py::dict device_report() {
+  CudaDeviceReport report;
+  {
+    const py::gil_scoped_release no_gil;  // the driver takes its time to start
+    report = cuda_device_report();
+  }
+  py::dict out;
+  out["usable"] = py::cast(report.usable);
+  out["problems"] = py::cast(report.problems);
+  return out;
+}
+
 }  // namespace
 }  // namespace qlora
 
@@ -45,6 +72,7 @@ PYBIND11_MODULE(_core, module) {
       "The native core of qlora_native; csrc/core/operations.h describes the operations.";
   qlora::register_errors();
   module.def("build_info", &qlora::build_info);
+  module.def("cuda_device_report", &qlora::device_report);
   qlora::register_nf4_codec(module);
   qlora::register_linear(module);
   qlora::register_lora(module);

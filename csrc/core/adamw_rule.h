@@ -12,7 +12,7 @@ namespace qlora {
 inline constexpr std::int64_t adamw8bit_block_size = 256;
 
 /// The numbers of one step. `step` counts from 1.
-struct AdamWStep {
+struct AdamWNumbers {
   double lr = 1e-3;
   double beta1 = 0.9;
   double beta2 = 0.999;
@@ -22,32 +22,41 @@ struct AdamWStep {
   bool maximize = false;
 };
 
-/// What AdamWStep comes to for every element, computed in fp64 and rounded once.
+/// base^exponent by repeated squaring: the same bits on every device, which pow does not promise.
+QLORA_HOST_DEVICE constexpr double integer_power(double base, std::int64_t exponent) {
+  double power = 1.0;
+  for (; exponent > 0; exponent /= 2) {
+    if (exponent % 2 != 0) power *= base;
+    base *= base;
+  }
+  return power;
+}
+
+/// What AdamWNumbers come to for every element, computed in fp64 and rounded once.
 ///
+///   g <- g / grad_scale                               a product with the rounded reciprocal
 ///   p <- p (1 - lr weight_decay)                      decoupled decay first
 ///   m <- m + (1 - beta1) (g - m)
 ///   v <- beta2 v + (1 - beta2) g²
 ///   p <- p - lr / (1 - beta1^t) · m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 struct AdamWRule {
   float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps;
-  float grad_sign;
+  float grad_factor;
 
-  explicit AdamWRule(const AdamWStep& s)
+  QLORA_HOST_DEVICE explicit AdamWRule(const AdamWNumbers& s, float grad_scale = 1.0f)
       : decay(static_cast<float>(1.0 - s.lr * s.weight_decay)),
         one_minus_beta1(static_cast<float>(1.0 - s.beta1)),
         beta2(static_cast<float>(s.beta2)),
         one_minus_beta2(static_cast<float>(1.0 - s.beta2)),
-        step_size(
-            static_cast<float>(s.lr / (1.0 - std::pow(s.beta1, static_cast<double>(s.step))))),
-        bias_correction2_sqrt(
-            static_cast<float>(std::sqrt(1.0 - std::pow(s.beta2, static_cast<double>(s.step))))),
+        step_size(static_cast<float>(s.lr / (1.0 - integer_power(s.beta1, s.step)))),
+        bias_correction2_sqrt(static_cast<float>(std::sqrt(1.0 - integer_power(s.beta2, s.step)))),
         eps(static_cast<float>(s.eps)),
-        grad_sign(s.maximize ? -1.0f : 1.0f) {}
+        grad_factor((s.maximize ? -1.0f : 1.0f) / grad_scale) {}
 
   /// Updates `param` and its moments in place.
   QLORA_HOST_DEVICE void operator()(float& param, float grad, float& exp_avg,
                                     float& exp_avg_sq) const {
-    grad *= grad_sign;
+    grad *= grad_factor;
     param *= decay;
     exp_avg += one_minus_beta1 * (grad - exp_avg);
     exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad;

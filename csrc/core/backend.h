@@ -65,4 +65,27 @@ struct CudaInfo {
 };
 CudaInfo cuda_info();
 
+/// The GPUs that the driver shows, and why none, or some, cannot be used.
+///
+/// This starts the driver, which a forked child cannot use from then on: call it when asked, and
+/// never on import.
+struct CudaDeviceReport {
+  std::vector<std::string> usable;    // "cuda:0 NVIDIA H200, compute capability 9.0"
+  std::vector<std::string> problems;  // a sentence each; none only if every device is usable
+};
+CudaDeviceReport cuda_device_report();  // throws std::bad_alloc alone
+
+/// A product with an NF4 weight, by its sizes: nf4_linear's, or nf4_linear_grad_input's.
+struct NF4MatmulShape {
+  bool is_grad_input = false;
+  std::int64_t m = 0, n = 0, k = 0;
+  DType dtype = DType::bfloat16;
+  std::int64_t block_size = 64;
+};
+
+/// How a product is computed best on CUDA device `index`, if its tensors are as aligned as fresh
+/// ones: "plain", "few_tokens" or "tiles", which are kernels of the core, or "workspace", which asks
+/// the caller to dequantise the weight and multiply with that. (The core then has a slower kernel.)
+std::string cuda_nf4_matmul_strategy(const NF4MatmulShape& shape, int index);
+
 }  // namespace qlora

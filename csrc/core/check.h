@@ -18,9 +18,13 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Device memory ran out: MemoryError in Python. (Host memory throws std::bad_alloc, which becomes
-/// the same.)
+/// Device memory ran out: torch.OutOfMemoryError in Python, or MemoryError where torch is not loaded.
 struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Host memory ran out: MemoryError in Python, as std::bad_alloc is, which has no room for a reason.
+struct HostOutOfMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

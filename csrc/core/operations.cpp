@@ -134,7 +134,7 @@ void dropout(const TensorView& x, double p, const TensorView& seed, const Tensor
 
 namespace {
 
-void validate_adamw_numbers(const char* operation, const AdamWStep& step) {
+void validate_adamw_numbers(const char* operation, const AdamWNumbers& step) {
   const auto at_least_zero = [&](double value, const char* argument) {
     check(std::isfinite(value) && value >= 0.0, operation, ": ", argument, " is ", value,
           ", want a finite number of at least 0");
@@ -147,6 +147,20 @@ void validate_adamw_numbers(const char* operation, const AdamWStep& step) {
   check(step.beta2 >= 0.0 && step.beta2 < 1.0, operation, ": beta2 is ", step.beta2,
         ", want 0 <= beta2 < 1");
   check(step.step >= 1, operation, ": step is ", step.step, ", want at least 1");
+}
+
+/// A number in the memory of the operation's device, if it is there.
+void validate_device_number(const Validator& validate, const TensorView& number,
+                            const char* argument) {
+  if (!number.is_present) return;
+  validate.dtype(number, argument, DType::float32);
+  validate.numel(number, argument, 1);
+}
+
+void validate_device_numbers(const Validator& validate, const AdamWStep& step) {
+  validate_device_number(validate, step.lr_tensor, "lr_tensor");
+  validate_device_number(validate, step.grad_scale, "grad_scale");
+  validate_device_number(validate, step.found_inf, "found_inf");
 }
 
 void validate_param_and_grad(const Validator& validate, const TensorView& param,
@@ -164,12 +178,14 @@ void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
   if (tensors.empty()) return;
   const Device device = tensors.front().param.device;
   const Validator validate("adamw_step", device);
-  for (const auto& [param, grad, exp_avg, exp_avg_sq] : tensors) {
+  validate_device_numbers(validate, step);
+  for (const auto& [param, grad, exp_avg, exp_avg_sq, step_count] : tensors) {
     validate_param_and_grad(validate, param, grad);
     validate.dtype(exp_avg, "exp_avg", DType::float32);
     validate.shape(exp_avg, "exp_avg", param.shape);
     validate.dtype(exp_avg_sq, "exp_avg_sq", DType::float32);
     validate.shape(exp_avg_sq, "exp_avg_sq", param.shape);
+    validate_device_number(validate, step_count, "step_count");
   }
   backend_for(device).adamw_step(tensors, step, context);
 }
@@ -180,6 +196,7 @@ void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& s
   if (tensors.empty()) return;
   const Device device = tensors.front().param.device;
   const Validator validate("adamw8bit_step", device);
+  validate_device_numbers(validate, step);
   for (const AdamW8bitTensor& tensor : tensors) {
     validate_param_and_grad(validate, tensor.param, tensor.grad);
     const std::int64_t block_count = ceil_divide(tensor.param.numel(), adamw8bit_block_size);
@@ -192,6 +209,7 @@ void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& s
     };
     validate_moment(tensor.exp_avg, "exp_avg", tensor.exp_avg_absmax, "exp_avg_absmax");
     validate_moment(tensor.exp_avg_sq, "exp_avg_sq", tensor.exp_avg_sq_absmax, "exp_avg_sq_absmax");
+    validate_device_number(validate, tensor.step_count, "step_count");
   }
   backend_for(device).adamw8bit_step(tensors, step, context);
 }

@@ -119,21 +119,37 @@ void dropout(const TensorView& x, double p, const TensorView& seed, const Tensor
 
 // ---- AdamW
 
-/// One parameter and its 32-bit state. param and grad: a float dtype each; the moments: float32;
-/// all of one size.
-struct AdamWTensor {
-  TensorView param, grad, exp_avg, exp_avg_sq;
+/// The numbers of one step (core/adamw_rule.h), and those that may be in the memory of the
+/// parameters' device instead: each a float32 of one element, or absent. They are read when the step
+/// runs, without a synchronisation, and so their range is not checked.
+struct AdamWStep : AdamWNumbers {
+  TensorView lr_tensor;   // takes the place of `lr`
+  TensorView grad_scale;  // what the gradients were multiplied by, which is undone: a scale of the
+                          // loss, or a norm that is being clipped over its limit
+  TensorView found_inf;   // where it is not zero, the call does nothing
 };
 
-/// One step of AdamW (core/adamw_rule.h has the formula) on a list of parameters, in one call.
+/// One parameter and its 32-bit state. param and grad: a float dtype each; the moments: float32;
+/// all of one size.
+///
+/// `step_count` is absent, or a float32 of one element: the steps that the parameter has taken. It
+/// then takes the place of `step`, and the call adds one to it.
+struct AdamWTensor {
+  TensorView param, grad, exp_avg, exp_avg_sq;
+  TensorView step_count{};
+};
+
+/// One step of AdamW (core/adamw_rule.h has the formula) on a list of parameters, in one call. No
+/// two of the parameters share memory.
 void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
                 const ExecutionContext& context);
 
 /// One parameter and its 8-bit state: codes of a dynamic map (first moment signed, second
 /// unsigned), uint8, one an element, and one fp32 absmax for each block of 256 (the last may be
-/// short).
+/// short). `step_count` as in AdamWTensor.
 struct AdamW8bitTensor {
   TensorView param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax;
+  TensorView step_count{};
 };
 
 /// adamw_step on 8-bit block-wise state: a block is decoded, stepped in fp32, and encoded again.

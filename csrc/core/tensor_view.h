@@ -24,6 +24,17 @@ constexpr const char* name_of(DType dtype) {
   return "unknown";
 }
 
+constexpr std::int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::uint8: return 1;
+    case DType::float16:
+    case DType::bfloat16: return 2;
+    case DType::float32: return 4;
+    case DType::int64: return 8;
+  }
+  return 1;
+}
+
 inline std::ostream& operator<<(std::ostream& stream, DType dtype) {
   return stream << name_of(dtype);
 }

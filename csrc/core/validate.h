@@ -18,13 +18,14 @@ class Validator {
  public:
   Validator(const char* operation, Device device) : operation_(operation), device_(device) {}
 
-  /// `tensor` is there, contiguous and on the operation's device.
+  /// `tensor` is there, contiguous, on the operation's device, and there aligned to its elements.
   void present(const TensorView& tensor, const char* argument) const {
     check(tensor.is_present, operation_, ": ", argument, " is missing");
     check(tensor.is_contiguous, operation_, ": ", argument, " of shape ", tensor.shape,
           " is not contiguous; pass ", argument, ".contiguous()");
     check(tensor.device == device_, operation_, ": ", argument, " is on ", tensor.device,
           ", but the other tensors are on ", device_);
+    if (device_.type == DeviceType::cuda) aligned(tensor, argument);
   }
 
   void dtype(const TensorView& tensor, const char* argument, DType wanted) const {
@@ -78,6 +79,14 @@ class Validator {
   }
 
  private:
+  /// A CPU reads a number at any address. A GPU faults, and no later CUDA call of the process works.
+  void aligned(const TensorView& tensor, const char* argument) const {
+    const auto element = static_cast<std::uintptr_t>(element_bytes(tensor.dtype));
+    const std::uintptr_t excess = reinterpret_cast<std::uintptr_t>(tensor.data) % element;
+    check(excess == 0, operation_, ": ", argument, " is ", tensor.dtype, ", but its memory begins ",
+          excess, " bytes past a multiple of ", element, "; pass ", argument, ".clone()");
+  }
+
   void bytes(const TensorView& tensor, const char* argument, std::int64_t wanted) const {
     dtype(tensor, argument, DType::uint8);
     numel(tensor, argument, wanted);

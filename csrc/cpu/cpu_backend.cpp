@@ -26,6 +26,28 @@ NF4Bytes bytes_of(const NF4Weight& weight) {
           .block_size = weight.block_size};
 }
 
+bool is_skipped(const AdamWStep& step) {
+  return step.found_inf.is_present && *step.found_inf.as<const float>() != 0.0f;
+}
+
+/// Computed for every piece of a tensor, which has thousands of elements.
+AdamWRule rule_of(const AdamWStep& step, const TensorView& step_count) {
+  AdamWNumbers numbers = step;
+  if (step.lr_tensor.is_present)
+    numbers.lr = static_cast<double>(*step.lr_tensor.as<const float>());
+  if (step_count.is_present) {
+    numbers.step = static_cast<std::int64_t>(*step_count.as<const float>()) + 1;
+  }
+  return AdamWRule(numbers, step.grad_scale.is_present ? *step.grad_scale.as<const float>() : 1.0f);
+}
+
+template <typename Tensor>
+void count_steps(std::span<const Tensor> tensors) {
+  for (const Tensor& tensor : tensors) {
+    if (tensor.step_count.is_present) *tensor.step_count.template as<float>() += 1.0f;
+  }
+}
+
 class CpuBackend final : public Backend {
  public:
   const char* name() const override { return "CPU"; }
@@ -116,21 +138,24 @@ class CpuBackend final : public Backend {
 
   void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
                   const ExecutionContext& context) const override {
-    const AdamWRule rule(step);
+    if (is_skipped(step)) return;
     for_each_piece(tensors, elements_per_grain, context,
                    [&](const AdamWTensor& tensor, std::int64_t begin, std::int64_t end) {
-                     kernels().adamw_step(tensor, rule, begin, end);
+                     kernels().adamw_step(tensor, rule_of(step, tensor.step_count), begin, end);
                    });
+    count_steps(tensors);
   }
 
   void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
                       const ExecutionContext& context) const override {
-    const AdamWRule rule(step);
+    if (is_skipped(step)) return;
     for_each_piece(tensors, elements_per_grain, context,
                    [&](const AdamW8bitTensor& tensor, std::int64_t begin, std::int64_t end) {
-                     kernels().adamw8bit_step(tensor, rule, begin / adamw8bit_block_size,
+                     kernels().adamw8bit_step(tensor, rule_of(step, tensor.step_count),
+                                              begin / adamw8bit_block_size,
                                               ceil_divide(end, adamw8bit_block_size));
                    });
+    count_steps(tensors);
   }
 
  private:

@@ -1,7 +1,11 @@
 // The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
 // demand of their arguments.
 #include "core/backend.h"
+#include "cuda/adamw.h"
+#include "cuda/dropout.h"
+#include "cuda/lora.h"
 #include "cuda/nf4_codec.h"
+#include "cuda/nf4_matmul_dispatch.h"
 #include "cuda/runtime.h"
 
 namespace qlora {
@@ -66,6 +70,49 @@ class CudaBackend final : public Backend {
     const DeviceGuard guard(out.device, "nf4_dequantize_absmax");
     cuda::launch_nf4_dequantize_absmax(weight, out.as<float>(), stream_of(context));
   }
+
+  void nf4_linear(const TensorView& x, const NF4Weight& weight, const TensorView& bias,
+                  const TensorView& y, const ExecutionContext& context) const override {
+    check_scales_aligned(weight, "nf4_linear");
+    const DeviceGuard guard(x.device, "nf4_linear");
+    cuda::run_nf4_matmul({cuda::Direction::forward, x, y, weight, bias}, stream_of(context));
+  }
+
+  void nf4_linear_grad_input(const TensorView& dy, const NF4Weight& weight, const TensorView& dx,
+                             const ExecutionContext& context) const override {
+    check_scales_aligned(weight, "nf4_linear_grad_input");
+    const DeviceGuard guard(dy.device, "nf4_linear_grad_input");
+    cuda::run_nf4_matmul({cuda::Direction::grad_input, dy, dx, weight, {}}, stream_of(context));
+  }
+
+  void lora_forward(const LoRAForward& arguments, const ExecutionContext& context) const override {
+    const DeviceGuard guard(arguments.x.device, "lora_forward");
+    cuda::launch_lora_forward(arguments, stream_of(context));
+  }
+
+  void lora_backward(const LoRABackward& arguments,
+                     const ExecutionContext& context) const override {
+    const DeviceGuard guard(arguments.x.device, "lora_backward");
+    cuda::launch_lora_backward(arguments, stream_of(context));
+  }
+
+  void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
+               const ExecutionContext& context) const override {
+    const DeviceGuard guard(x.device, "dropout");
+    cuda::launch_dropout(x, p, seed, out, stream_of(context));
+  }
+
+  void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
+                  const ExecutionContext& context) const override {
+    const DeviceGuard guard(tensors.front().param.device, "adamw_step");
+    cuda::launch_adamw_step(tensors, step, stream_of(context));
+  }
+
+  void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
+                      const ExecutionContext& context) const override {
+    const DeviceGuard guard(tensors.front().param.device, "adamw8bit_step");
+    cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
+  }
 };
 
 }  // namespace
@@ -77,6 +124,11 @@ const Backend& cuda_backend() {
 
 CudaInfo cuda_info() {
   return {.is_compiled = true, .architectures = QLORA_CUDA_ARCHS, .compiler = QLORA_CUDA_COMPILER};
+}
+
+std::string cuda_nf4_matmul_strategy(const NF4MatmulShape& shape, int index) {
+  const char* const operation = shape.is_grad_input ? "nf4_linear_grad_input" : "nf4_linear";
+  return name_of(cuda::advise_nf4_matmul(shape, cuda::device_traits(index, operation)));
 }
 
 }  // namespace qlora

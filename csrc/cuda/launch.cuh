@@ -31,7 +31,9 @@ void launch(const char* operation, void (*kernel)(Parameters...), const LaunchSh
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
   config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), operation);
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) throw_launch_error(error, operation, stream);
 }
 
 }  // namespace qlora::cuda

@@ -25,12 +25,6 @@ bool are_chunks_aligned(const void* dense, const void* codes) {
   return is_aligned(dense, 16) && is_aligned(codes, elements_per_chunk<T> / 2);
 }
 
-NF4Scales scales_of(const NF4Weight& weight) {
-  return {weight.absmax.as<const std::uint8_t>(),
-          weight.is_nested() ? weight.nested_absmax.as<const float>() : nullptr,
-          weight.is_nested() ? weight.nested_offset.as<const float>() : nullptr};
-}
-
 template <typename T>
 using QuantizeKernel = void (*)(NF4QuantizeArguments<T>);
 

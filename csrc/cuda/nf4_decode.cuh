@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/operations.h"
 #include "cuda/ptx.cuh"
 #include "format/nf4_layout.h"
 
@@ -49,6 +50,12 @@ struct NF4Scales {
   const float* nested_absmax;  // null: plain scales, absmax holds fp32
   const float* nested_offset;  // null: plain scales
 };
+
+inline NF4Scales scales_of(const NF4Weight& weight) {
+  return {weight.absmax.as<const std::uint8_t>(),
+          weight.is_nested() ? weight.nested_absmax.as<const float>() : nullptr,
+          weight.is_nested() ? weight.nested_offset.as<const float>() : nullptr};
+}
 
 /// Reads absmax in fp32, nested or not, in two steps: so that a kernel can have several loads under
 /// way before it waits for one.

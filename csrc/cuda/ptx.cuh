@@ -21,6 +21,10 @@ struct alignas(16) Bytes16 {
   std::uint32_t words[4];
 };
 
+struct alignas(8) Bytes8 {
+  std::uint32_t words[2];
+};
+
 /// Reads memory that nobody reads again: it is the first to leave the caches. `address` is aligned
 /// to its type.
 template <typename Word>
@@ -29,6 +33,18 @@ __device__ Word load_once(const Word* address) {
   return __ldcs(address);
 #else
   Word value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+#endif
+}
+
+/// load_once of 16 bytes, aligned.
+__device__ inline Bytes16 load_16_bytes_once(const void* address) {
+#if defined(__CUDA_ARCH__)
+  const uint4 v = __ldcs(static_cast<const uint4*>(address));
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  Bytes16 value;
   std::memcpy(&value, address, sizeof value);
   return value;
 #endif
@@ -56,6 +72,40 @@ __device__ inline void store_16_bytes(void* address, const Bytes16& value) {
 #endif
 }
 
+/// `address` is aligned to 8 bytes.
+__device__ inline Bytes8 load_8_bytes(const void* address) {
+#if defined(__CUDA_ARCH__)
+  const uint2 v = *static_cast<const uint2*>(address);
+  return {{v.x, v.y}};
+#else
+  Bytes8 value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+#endif
+}
+
+/// `address` is aligned to 8 bytes.
+__device__ inline void store_8_bytes(void* address, const Bytes8& value) {
+#if defined(__CUDA_ARCH__)
+  *static_cast<uint2*>(address) = make_uint2(value.words[0], value.words[1]);
+#else
+  std::memcpy(address, &value, sizeof value);
+#endif
+}
+
+/// The largest `value` of the warp's lanes.
+__device__ inline std::uint32_t max_of_warp(std::uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  return __reduce_max_sync(all_lanes, value);
+#else
+  for (int distance = 1; distance < lanes_per_warp; distance *= 2) {
+    const std::uint32_t other = __shfl_xor_sync(all_lanes, value, distance);
+    value = value < other ? other : value;
+  }
+  return value;
+#endif
+}
+
 /// The larger one, or NaN if one of the two is NaN. (fmaxf would return the other.)
 __device__ inline float max_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -74,6 +124,15 @@ __device__ inline float multiply_then_add(float a, float b, float c) {
   return __fadd_rn(__fmul_rn(a, b), c);
 #else
   return a * b + c;
+#endif
+}
+
+/// a * b + c, rounded once.
+__device__ inline float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
 #endif
 }
 
@@ -105,6 +164,7 @@ __device__ inline std::uint32_t round_pair<Float16>(float low, float high) {
 }
 
 /// to_float, as one instruction where the device has one.
+__device__ inline float widen(float x) { return x; }
 __device__ inline float widen(BFloat16 x) { return to_float(x); }
 
 __device__ inline float widen(Float16 x) {
@@ -115,6 +175,16 @@ __device__ inline float widen(Float16 x) {
 #else
   return to_float(x);
 #endif
+}
+
+/// from_float<T>, but for the payload of a NaN.
+template <typename T>
+__device__ T round_to(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    return T{static_cast<std::uint16_t>(round_pair<T>(x, 0.0f))};
+  }
 }
 
 }  // namespace qlora::cuda

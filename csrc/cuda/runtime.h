@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/tensor_view.h"
+#include "cuda/device_traits.h"
 
 namespace qlora::cuda {
 
@@ -20,10 +21,22 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw_cuda_error(error, what);
 }
 
-/// Makes the operation's device the current one while it lives.
+/// Throws what a failed launch on `stream` means. A launch refuses a stream of another device by
+/// itself, so that nothing has to ask before; here that becomes an InvalidArgument with both names.
+[[noreturn]] void throw_launch_error(cudaError_t error, const char* operation, cudaStream_t stream);
+
+/// Throws InvalidArgument if `stream` belongs to another device than the current one. For work that
+/// CUDA queues on any stream without a word, such as copies: a launch needs no check.
+void check_stream(cudaStream_t stream, const char* operation);
+
+/// What plans depend on of a device. It is asked for once, since it cannot change, and kept for the
+/// life of the process: later calls cost a look-up. Any thread may call it.
 ///
 /// Throws Unsupported without a usable driver or device, or for a device older than compute
 /// capability 8.0.
+const DeviceTraits& device_traits(int device, const char* operation);
+
+/// Makes the operation's device the current one while it lives. Throws as device_traits.
 class DeviceGuard {
  public:
   DeviceGuard(Device device, const char* operation);

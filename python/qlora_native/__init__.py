@@ -1,6 +1,7 @@
 """QLoRA, natively: a frozen base in 4-bit NF4, LoRA matrices beside it, and their optimiser."""
 
-from qlora_native._core import build_info
+from qlora_native import _core
+from qlora_native.build import build_info
 from qlora_native.nf4_weight import NF4Weight, nf4_dequantize, nf4_quantize
 from qlora_native.nn import (
     LoRALinear,
@@ -13,7 +14,7 @@ from qlora_native.nn import (
 )
 from qlora_native.optim import PagedAdamW, PagedAdamW8bit
 
-__version__: str = build_info()["version"]
+__version__: str = _core.build_info()["version"]
 
 __all__ = [
     "LoRALinear",

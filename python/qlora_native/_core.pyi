@@ -4,13 +4,13 @@ Where that says x[m, k] of a product, here x[..., k] is taken, and so with y, dy
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from torch import Tensor
 
 from qlora_native.ops.storage import NF4Tensors
 
-class BuildInfo(TypedDict):
+class CoreInfo(TypedDict):
     version: str
     cxx_compiler: str
     cpu_sets: list[str]
@@ -19,13 +19,15 @@ class BuildInfo(TypedDict):
     cuda_compiler: str
     cuda_archs: str
 
-def build_info() -> BuildInfo:
-    """What was built and what is in use.
+def build_info() -> CoreInfo:
+    """The part of `qlora_native.build_info` that does not ask the CUDA driver."""
 
-    The version and the compilers; the instruction sets that this build has and this processor can
-    run, and the one in use (`QLORA_NATIVE_CPU_ISA` forces one); whether the CUDA backend was built,
-    and for which architectures.
-    """
+class CudaDeviceReport(TypedDict):
+    usable: list[str]
+    problems: list[str]
+
+def cuda_device_report() -> CudaDeviceReport:
+    """The GPUs that can be used, and why there is none, or what is wrong with the others."""
 
 def nf4_quantize(w: Tensor, out: NF4Tensors, num_threads: int, stream: int) -> None: ...
 def nf4_dequantize(weight: NF4Tensors, out: Tensor, num_threads: int, stream: int) -> None: ...
@@ -38,6 +40,21 @@ def nf4_linear(
 def nf4_linear_grad_input(
     dy: Tensor, weight: NF4Tensors, dx: Tensor, num_threads: int, stream: int
 ) -> None: ...
+def nf4_matmul_strategy(
+    direction: Literal["forward", "grad_input"],
+    m: int,
+    n: int,
+    k: int,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    block_size: int,
+    device_index: int,
+) -> Literal["plain", "few_tokens", "tiles", "workspace"]:
+    """How a product of m tokens is computed best on a CUDA device.
+
+    By a kernel of the core's, or ("workspace") by a dense product with the dequantised weight, which
+    is the caller's to do.
+    """
+
 def lora_forward(
     x: Tensor,
     lora_a: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_native import LoRALinear, NF4Linear
+
+# Where the tests marked `cuda` run; conftest.py says what "cpu" is good for.
+CUDA_TEST_DEVICE = os.environ.get("QLORA_TEST_CUDA_DEVICE", "cuda")
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -161,7 +165,7 @@ def check_against_dense(layer: NF4Linear, x: torch.Tensor, dtype: torch.dtype) -
     assert x.grad.dtype == x.dtype
     assert_within(x.grad.reshape(-1, layer.in_features), expected_dx)
     if bias is not None:
-        ones = Approximate(torch.ones(1, dy_2d.value.shape[0]))
+        ones = Approximate(dy_2d.value.new_ones(1, dy_2d.value.shape[0]))
         expected_db = (ones @ dy_2d).rounded_to(dtype).rounded_to(bias.dtype)
         assert bias.grad.dtype == bias.dtype
         assert_within(bias.grad[None], expected_db)

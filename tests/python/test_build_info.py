@@ -32,12 +32,43 @@ def test_it_says_what_was_built():
         "cuda",
         "cuda_compiler",
         "cuda_archs",
+        "cuda_devices",
+        "cuda_problems",
     }
     assert "scalar" in info["cpu_sets"]
     assert info["cpu_set"] in info["cpu_sets"]
     assert info["cxx_compiler"]
     assert isinstance(info["cuda"], bool)
     assert bool(info["cuda_compiler"]) == bool(info["cuda_archs"]) == info["cuda"]
+
+
+def test_it_says_which_gpus_can_be_used_or_why_none():
+    info = qlora_native.build_info()
+    assert info["cuda_devices"] or info["cuda_problems"]
+    if not info["cuda"]:
+        assert info["cuda_devices"] == []
+        (problem,) = info["cuda_problems"]
+        assert problem.startswith("this build of qlora_native has no CUDA backend; install a CUDA")
+
+
+@pytest.mark.cuda
+def test_it_names_the_gpus_that_torch_sees():
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    report = qlora_native.build_info()
+    said = report["cuda_devices"] + report["cuda_problems"]
+    assert len(said) == len(names)
+    assert all(any(name in line for line in said) for name in names)
+
+
+def test_a_machine_without_a_driver_or_a_device_imports_and_says_why():
+    """Also where the driver shows no device: it is told to hide them."""
+    code = """
+import qlora_native
+info = qlora_native.build_info()
+assert info["cuda_devices"] == [] and info["cuda_problems"], info
+"""
+    result = run_python(code, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
 
 
 def test_its_version_is_that_of_the_installed_package():

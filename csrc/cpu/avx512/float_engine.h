@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/avx512/nf4_decode.h"
+#include "cpu/avx512/row_products.h"
 #include "cpu/avx512/tile_layout.h"
 #include "cpu/avx512/transpose.h"
 
@@ -35,13 +36,14 @@ struct FloatEngine {
     }
   }
 
-  // -- for few_tokens.h
+  // -- for few_tokens.h and row_products.h
 
   static constexpr int planes = 8;
   using Planes = __m512[8];
   QLORA_INLINE static void decode(__m512i codes, float scale0, float scale1, Planes& out) {
     decode_floats<T>(codes, scale0, scale1, out);
   }
+  QLORA_INLINE static __m512 broadcast(float weight) { return _mm512_set1_ps(weight); }
   QLORA_INLINE static __m512 accumulate(__m512 sum, __m512 weights, __m512 activations) {
     return _mm512_fmadd_ps(weights, activations, sum);
   }
@@ -89,18 +91,7 @@ struct FloatEngine {
     }
   }
 
-  /// sums[row tile][column tile] += A · B over `inner_tiles` tiles, or = where `is_first`.
-  static void multiply(const TileProduct& p) {
-    for (std::int64_t r = 0; r < p.row_tiles; ++r) {
-      for (std::int64_t row = 0; row < 16 && r * 16 + row < p.row_count; row += 8) {
-        if (p.column_tiles == 2) {
-          multiply_rows<2>(p, r, row);
-        } else {
-          multiply_rows<1>(p, r, row);
-        }
-      }
-    }
-  }
+  static void multiply(const TileProduct& p) { multiply_row_tiles<FloatEngine>(p); }
 
  private:
   template <bool is_whole>
@@ -132,48 +123,6 @@ struct FloatEngine {
         rows[i] = _mm512_castps_si512(Simd::load(x + i * stride).v);
       } else {
         rows[i] = _mm512_castps_si512(Simd::load_partial(x + i * stride, width).v);
-      }
-    }
-  }
-
-  template <int column_tiles>
-  QLORA_INLINE static void multiply_rows(const TileProduct& p, std::int64_t row_tile,
-                                         std::int64_t row) {
-    __m512 sums[8][column_tiles];
-    float* const out = p.sums + row_tile * p.sums_row_stride + row * 16;
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-#pragma GCC unroll 2
-      for (int c = 0; c < column_tiles; ++c) {
-        sums[i][c] =
-            p.is_first ? _mm512_setzero_ps() : _mm512_load_ps(out + c * tile_floats + i * 16);
-      }
-    }
-    const float* a = p.a + row_tile * p.a_stride + row * 16;
-    const float* b = p.b;
-    for (std::int64_t tile = 0; tile < p.inner_tiles; ++tile) {
-#pragma GCC unroll 2
-      for (int d = 0; d < 16; ++d) {
-        __m512 columns[column_tiles];
-        for (int c = 0; c < column_tiles; ++c) {
-          columns[c] = _mm512_load_ps(b + c * p.b_stride + d * 16);
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          const __m512 weight = _mm512_set1_ps(a[i * 16 + d]);
-          for (int c = 0; c < column_tiles; ++c) {
-            sums[i][c] = _mm512_fmadd_ps(weight, columns[c], sums[i][c]);
-          }
-        }
-      }
-      a += tile_floats;
-      b += tile_floats;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-#pragma GCC unroll 2
-      for (int c = 0; c < column_tiles; ++c) {
-        _mm512_store_ps(out + c * tile_floats + i * 16, sums[i][c]);
       }
     }
   }

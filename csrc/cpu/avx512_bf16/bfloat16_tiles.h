@@ -59,12 +59,15 @@ struct BFloat16Tiles {
     }
   }
 
-  // -- for few_tokens.h
+  // -- for few_tokens.h and row_products.h
 
   static constexpr int planes = 4;
   using Planes = __m512i[4];
   QLORA_INLINE static void decode(__m512i codes, float scale0, float scale1, Planes& out) {
     decode_bfloat16(codes, scale0, scale1, out);
+  }
+  QLORA_INLINE static __m512i broadcast(float weights) {
+    return _mm512_castps_si512(_mm512_set1_ps(weights));
   }
   QLORA_INLINE static __m512 accumulate(__m512 sum, __m512i weights, __m512 activations) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)activations);

@@ -20,11 +20,11 @@ class AdamWVectorRule {
         step_size_(Simd::broadcast(rule.step_size)),
         bias_correction2_sqrt_(rule.bias_correction2_sqrt),
         eps_(Simd::broadcast(rule.eps)),
-        grad_sign_(Simd::broadcast(rule.grad_sign)) {}
+        grad_factor_(Simd::broadcast(rule.grad_factor)) {}
 
   QLORA_INLINE void operator()(Floats& param, Floats grad, Floats& exp_avg,
                                Floats& exp_avg_sq) const {
-    grad = grad * grad_sign_;
+    grad = grad * grad_factor_;
     param = param * decay_;
     exp_avg = exp_avg + one_minus_beta1_ * (grad - exp_avg);
     exp_avg_sq = exp_avg_sq * beta2_ + one_minus_beta2_ * grad * grad;
@@ -35,7 +35,7 @@ class AdamWVectorRule {
  private:
   Floats decay_, one_minus_beta1_, beta2_, one_minus_beta2_, step_size_;
   typename Simd::Divisor bias_correction2_sqrt_;
-  Floats eps_, grad_sign_;
+  Floats eps_, grad_factor_;
 };
 
 }  // namespace qlora::simd

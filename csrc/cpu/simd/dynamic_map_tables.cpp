@@ -14,8 +14,7 @@ static_assert(is_odd(signed_dynamic_map));
 
 }  // namespace
 
-constexpr SignedDynamicMapTable signed_dynamic_map_table(signed_dynamic_map, 0);
-constexpr UnsignedDynamicMapTable unsigned_dynamic_map_table(unsigned_dynamic_map,
-                                                             dynamic_map_unsigned_zero_code + 1);
+constexpr SignedDynamicMapTable signed_dynamic_map_table = make_signed_dynamic_map_table();
+constexpr UnsignedDynamicMapTable unsigned_dynamic_map_table = make_unsigned_dynamic_map_table();
 
 }  // namespace qlora::simd

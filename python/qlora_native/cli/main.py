@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_info(_: argparse.Namespace) -> None:
-    """Print what the native core was built with."""
+    """Print what the native core was built with, and what it can run on."""
     build = build_info()
     rows = {
         "version": build["version"],
@@ -68,6 +68,9 @@ def run_info(_: argparse.Namespace) -> None:
     }
     if build["cuda"]:
         rows["  architectures"] = build["cuda_archs"]
+        rows["  devices"] = "; ".join(build["cuda_devices"]) or "none"
+        if build["cuda_problems"]:
+            rows["  problems"] = "; ".join(build["cuda_problems"])
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {value}")

@@ -1,7 +1,10 @@
 """Products with a frozen base weight, NF4 or dense, without autograd.
 
 By the core's own kernels, or by torch's GEMM on the weight dequantised into a workspace:
-kernel_choice.py says when.
+kernel_choice.py says when. A GEMM of torch follows torch's settings: `allow_tf32`, and for 16 bits
+`allow_bf16_reduced_precision_reduction` and its like, which let cuBLAS round partial sums. They are
+left as the user has them, so that a 4-bit layer adds as the 16-bit layer beside it does; and they
+belong to the process, where changing them around a call would race with other threads.
 """
 
 import threading
@@ -21,7 +24,7 @@ BaseWeight: TypeAlias = NF4Tensors | Tensor
 
 def base_forward(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
     """y[..., n] = x[..., k] · Wᵀ + bias, no view."""
-    if isinstance(weight, NF4Tensors) and prefers_native(x, weight):
+    if isinstance(weight, NF4Tensors) and prefers_native(x, weight, "forward"):
         y = x.new_empty(*x.shape[:-1], weight.n)
         bias = None if bias is None else in_memory(bias)
         _core.nf4_linear(in_memory(x), weight, bias, y, *execution(x))
@@ -33,7 +36,7 @@ def base_forward(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
 
 def base_grad_input(dy: Tensor, weight: BaseWeight) -> Tensor:
     """dx[..., k] = dy[..., n] · W, no view."""
-    if isinstance(weight, NF4Tensors) and prefers_native(dy, weight):
+    if isinstance(weight, NF4Tensors) and prefers_native(dy, weight, "grad_input"):
         dx = dy.new_empty(*dy.shape[:-1], weight.k)
         _core.nf4_linear_grad_input(in_memory(dy), weight, dx, *execution(dy))
         return dx
@@ -81,8 +84,13 @@ _workspaces = threading.local()
 def _workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for `count` elements that this thread's products reuse.
 
-    On a CPU fresh pages cost more than decoding into them. A thread keeps the size of its largest
-    layer in each dtype. CUDA's caching allocator reuses memory by itself, and knows about streams.
+    On a CPU fresh pages cost more than decoding into them: a thread keeps the size of its largest
+    layer in each dtype.
+
+    On CUDA torch's caching allocator is the workspace: the next call on the stream gets the same
+    block, for about a microsecond, forward and backward alike. One kept here would have to be one
+    for each stream, or two streams would write to it at once; would stay allocated while attention
+    and the optimiser need the memory; and in a CUDA graph must come from the graph's own pool.
     """
     if device.type != "cpu":
         return torch.empty(count, dtype=dtype, device=device)

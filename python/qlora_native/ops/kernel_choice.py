@@ -1,14 +1,20 @@
-"""Which kernel takes a product on a CPU: the core's own, or torch's GEMM on a workspace.
+"""Which kernel takes a product: the core's own, or torch's GEMM on a dequantised workspace.
 
-The choice is data: the most tokens of a call that the core's kernels take, by instruction set and
-dtype, with the measurements that led to it.
+The choice is data. On a CPU it is here: the most tokens of a call that the core's kernels take, by
+instruction set and dtype, with the measurements that led to it. On CUDA it is the core's plan of a
+product (csrc/cuda/nf4_matmul_plan.cpp), which knows its own kernels and the device.
 """
+
+import functools
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from qlora_native import _core
 from qlora_native.ops.storage import NF4Tensors
+
+Direction: TypeAlias = Literal["forward", "grad_input"]
 
 _ALWAYS = 1 << 62
 
@@ -52,16 +58,57 @@ _SIMD_RUN = 64
 
 _CPU_SET = _core.build_info()["cpu_set"]
 
+# The strategies of the core's plan for CUDA, and whether they are kernels of the core.
+_CUDA_STRATEGIES = {"plain": True, "few_tokens": True, "tiles": True, "workspace": False}
 
-def prefers_native(x: Tensor, weight: NF4Tensors) -> bool:
-    """Whether the core's kernels take a product of `weight` with x[..., k] or dy[..., n]."""
-    if not x.is_cpu:
+# The LoRA products on CUDA, by compute dtype. In 16 bits the core's: a pass over x and one over y
+# where torch's GEMMs take casts of the factors besides, and fp32 copies of x and dy for gradients
+# summed in fp32. In fp32 nothing is cast and the tensor cores that they are built on do not add in
+# fp32: torch's. (Expected from the bytes that each moves; not measured yet.)
+_CUDA_LORA_DTYPES = {torch.bfloat16: True, torch.float16: True, torch.float32: False}
+
+# The LoRA kernels load 16 bytes at a time, eight numbers of 16 bits; other rows go to slow ones.
+_CUDA_LORA_RUN = 8
+
+
+def prefers_native(x: Tensor, weight: NF4Tensors, direction: Direction) -> bool:
+    """Whether the core's kernels take a product: with x[..., k] forward, else with dy[..., n]."""
+    if x.is_cpu:
+        has_simd_rows = weight.k % _SIMD_RUN == 0 and weight.block_size >= _SIMD_RUN
+        limits = _MAX_TOKENS[_CPU_SET if has_simd_rows else "scalar"]
+        return x.numel() <= limits[x.dtype] * x.shape[-1]
+    if not x.is_cuda:
         return False
-    has_simd_rows = weight.k % _SIMD_RUN == 0 and weight.block_size >= _SIMD_RUN
-    limits = _MAX_TOKENS[_CPU_SET if has_simd_rows else "scalar"]
-    return x.numel() <= limits[x.dtype] * x.shape[-1]
+    count, width = x.numel(), x.shape[-1]
+    if count == 0:
+        return width != 0  # without tokens the core has nothing to do
+    return _is_native_on_cuda(
+        direction, count // width, weight.n, weight.k, x.dtype, weight.block_size, x.get_device()
+    )
 
 
-def lora_prefers_native(x: Tensor) -> bool:
-    """Whether the core's kernels take the LoRA products of a batch x[..., k]."""
-    return x.is_cpu and x.numel() <= _MAX_LORA_TOKENS[_CPU_SET] * x.shape[-1]
+# A plan costs a few times what the look-up of one does, and a model asks for few: some products,
+# for each number of tokens that it is given.
+@functools.lru_cache(maxsize=4096)
+def _is_native_on_cuda(
+    direction: Direction,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    block_size: int,
+    device_index: int,
+) -> bool:
+    dtype_name = str(dtype).removeprefix("torch.")
+    strategy = _core.nf4_matmul_strategy(direction, m, n, k, dtype_name, block_size, device_index)
+    return _CUDA_STRATEGIES[strategy]
+
+
+def lora_prefers_native(x: Tensor, lora_b: Tensor) -> bool:
+    """Whether the core's kernels take the LoRA products of a batch x[..., k] with lora_b[n, r]."""
+    if x.is_cpu:
+        return x.numel() <= _MAX_LORA_TOKENS[_CPU_SET] * x.shape[-1]
+    if not x.is_cuda:
+        return False
+    has_whole_runs = x.shape[-1] % _CUDA_LORA_RUN == 0 and lora_b.shape[0] % _CUDA_LORA_RUN == 0
+    return has_whole_runs and _CUDA_LORA_DTYPES[x.dtype]

@@ -140,7 +140,7 @@ def forward(
     y = base_forward(x, weight, bias)
     lora_a, lora_b, _, scaling, _ = factors
     dropped = _dropped(x, factors)
-    if lora_prefers_native(x):
+    if lora_prefers_native(x, lora_b):
         t = x.new_empty(x.shape[:-1].numel(), lora_a.shape[0])
         _core.lora_forward(
             dropped, in_memory(lora_a), in_memory(lora_b), scaling, t, y, *execution(x)
@@ -162,7 +162,7 @@ def backward(
     dropped = _dropped(x, factors)
     # Dropout stands between x and A, so A's part of dx passes the mask before it is added.
     dx_lora = dx if seed is None or dx is None else torch.zeros_like(dx)
-    if lora_prefers_native(x):
+    if lora_prefers_native(x, lora_b):
         a, b = in_memory(lora_a), in_memory(lora_b)
         grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
         _core.lora_backward(dy, dropped, t, a, b, scaling, grad_a, grad_b, dx_lora, *execution(x))

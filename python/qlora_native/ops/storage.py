@@ -1,5 +1,6 @@
 """The tensors that an NF4 weight is stored in, and how the core is told where to run."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,8 +60,21 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.contiguous().resolve_neg()
 
 
+def _raw_stream_of_object(device_index: int) -> int:
+    return torch.cuda.current_stream(device_index).cuda_stream
+
+
+# What torch's compiler asks as well: an integer, where torch.cuda.current_stream makes an object.
+_current_raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _raw_stream_of_object
+)
+
+
 def execution(tensor: Tensor) -> tuple[int, int]:
-    """The last two arguments of every call of the core: CPU threads and CUDA stream."""
+    """The last two arguments of every call of the core: CPU threads and CUDA stream.
+
+    The stream is the current one of the tensor's device, whichever device is the current one.
+    """
     if tensor.is_cuda:
-        return 1, torch.cuda.current_stream(tensor.device).cuda_stream
+        return 1, _current_raw_stream(tensor.get_device())
     return torch.get_num_threads(), 0

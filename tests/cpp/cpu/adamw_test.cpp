@@ -13,13 +13,16 @@ using reference::AdamWElement;
 constexpr AdamWElement::Numbers defaults = {1e-3, 0.9, 0.999, 1e-8, 1e-2};
 
 AdamWStep make_step(const AdamWElement::Numbers& numbers, std::int64_t t) {
-  return {.lr = numbers.lr,
-          .beta1 = numbers.beta1,
-          .beta2 = numbers.beta2,
-          .eps = numbers.eps,
-          .weight_decay = numbers.weight_decay,
-          .step = t,
-          .maximize = false};
+  return {{.lr = numbers.lr,
+           .beta1 = numbers.beta1,
+           .beta2 = numbers.beta2,
+           .eps = numbers.eps,
+           .weight_decay = numbers.weight_decay,
+           .step = t,
+           .maximize = false},
+          {},
+          {},
+          {}};
 }
 
 /// A parameter with its 32-bit state, and the same in fp64.

@@ -1,11 +1,14 @@
 // How the CUDA backend treats the device: which one, its streams, memory, captures and errors, and
 // what it demands of its arguments. (Shown with the codec's operations.)
 #include "core/backend.h"
+#include "cuda/runtime.h"
 #include "cuda/support.h"
 #include "support/expect_error.h"
 
 namespace qlora {
 namespace {
+
+using cuda::DeviceTraits;
 
 /// A valid weight and its dense tensor on the device. A test spoils the device or an argument.
 class CudaDevice : public CudaEmulation {
@@ -53,8 +56,40 @@ TEST_F(CudaDevice, WithoutMemoryPoolsScratchMemoryIsTakenTheOldWay) {
 TEST_F(CudaDevice, AnOldDeviceIsUnsupported) {
   emulator::device().major = 7;
   emulator::device().minor = 5;
-  expect_error<Unsupported>("nf4_dequantize: cuda:0 has compute capability 7.5, want 8.0 or newer",
-                            [&] { dequantize(); });
+  const NF4Weight on_old = on_cuda(stored.view(), 9);
+  const TensorView out = on_cuda(w_memory.view(), 9);
+  for (int i = 0; i < 2; ++i) {
+    expect_error<Unsupported>(
+        "nf4_dequantize: cuda:9 has compute capability 7.5, want 8.0 or newer",
+        [&] { nf4_dequantize(on_old, out, {}); });
+  }
+}
+
+TEST_F(CudaDevice, TraitsAreAskedForOnce) {
+  emulator::device().major = 10;
+  const DeviceTraits& traits = cuda::device_traits(10, "test");
+  EXPECT_EQ(traits.compute_capability, 100);
+  EXPECT_EQ(traits.multiprocessor_count, 132);
+  EXPECT_EQ(traits.max_shared_bytes, 227 * 1024);
+  EXPECT_EQ(traits.l2_bytes, 50 << 20);
+  emulator::device().major = 12;
+  EXPECT_EQ(&cuda::device_traits(10, "test"), &traits);
+  EXPECT_EQ(cuda::device_traits(11, "test").compute_capability, 120);
+}
+
+TEST_F(CudaDevice, AFailureToLearnTraitsIsNotKept) {
+  emulator::device().driver_error = cudaErrorNoDevice;
+  expect_error<Unsupported>("test: no CUDA device is visible",
+                            [] { cuda::device_traits(12, "test"); });
+  emulator::device().driver_error = cudaSuccess;
+  EXPECT_EQ(cuda::device_traits(12, "test").compute_capability, 90);
+}
+
+TEST_F(CudaDevice, AnIndexThatNoDeviceHasIsInvalid) {
+  for (const int index : {-1, 64}) {
+    expect_invalid(message("test: the device is cuda:", index, ", want an index from 0 to 63"),
+                   [&] { cuda::device_traits(index, "test"); });
+  }
 }
 
 TEST_F(CudaDevice, NoDriverIsUnsupported) {
@@ -118,16 +153,6 @@ TEST_F(CudaDevice, ScalesThatAreNotAlignedAreRefusedByName) {
   shift(weight.absmax, 1);  // bytes when nested: any address will do
   shift(plain.absmax, 1);
   EXPECT_THROW(nf4_dequantize(plain, w, {}), InvalidArgument);
-}
-
-TEST_F(CudaDevice, WhatTheBackendLacksIsUnsupportedByName) {
-  HostTensor x(DType::bfloat16, {1, 64}), y(DType::bfloat16, {1, 64});
-  try {
-    nf4_linear(on_cuda(x.view()), weight, {}, on_cuda(y.view()), {});
-    ADD_FAILURE() << "nothing was thrown";
-  } catch (const Unsupported& error) {
-    EXPECT_STREQ(error.what(), "nf4_linear: the CUDA backend does not have this operation yet");
-  }
 }
 
 TEST(CudaInfo, SaysWhatWasCompiled) {

@@ -221,12 +221,6 @@ HostTensor zeros(DType dtype, std::int64_t count) {
   return {dtype, {count}, std::vector<double>(static_cast<std::size_t>(count))};
 }
 
-AdamWStep step_number(std::int64_t t) {
-  AdamWStep step;
-  step.step = t;
-  return step;
-}
-
 TEST_P(CudaDtypeOperations, AdamWStepsAListOfTensorsToTheCpuBits) {
   struct State {
     HostTensor param, grad, exp_avg, exp_avg_sq;
@@ -243,7 +237,7 @@ TEST_P(CudaDtypeOperations, AdamWStepsAListOfTensorsToTheCpuBits) {
     for (State& s : states) {
       tensors.push_back({place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_sq)});
     }
-    for (const std::int64_t t : {1, 2}) adamw_step(tensors, step_number(t), {});
+    for (const std::int64_t t : {1, 2}) adamw_step(tensors, {{.step = t}, {}, {}, {}}, {});
   };
   run(expected, [](HostTensor& tensor) { return tensor.view(); });
   {
@@ -278,7 +272,7 @@ TEST_P(CudaDtypeOperations, AdamW8bitStepsAListOfTensorsToTheCpuBits) {
       tensors.push_back({place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_absmax),
                          place(s.exp_avg_sq), place(s.exp_avg_sq_absmax)});
     }
-    for (const std::int64_t t : {1, 2}) adamw8bit_step(tensors, step_number(t), {});
+    for (const std::int64_t t : {1, 2}) adamw8bit_step(tensors, {{.step = t}, {}, {}, {}}, {});
   };
   run(expected, [](HostTensor& tensor) { return tensor.view(); });
   {

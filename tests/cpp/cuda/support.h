@@ -48,11 +48,28 @@ class Shifted {
   std::vector<std::uint8_t> memory_;
 };
 
+/// Runs `test` with the threads in each order that tests of kernels go through.
+template <typename Test>
+void in_every_order(Test&& test) {
+  const auto run = [&](emulator::Order order, unsigned seed, const char* name) {
+    SCOPED_TRACE(message(name, " order of the threads, seed ", seed));
+    emulator::device().order = order;
+    emulator::device().seed = seed;
+    test();
+  };
+  run(emulator::Order::ascending, 0, "ascending");
+  run(emulator::Order::descending, 0, "descending");
+  for (const unsigned seed : {1u, 2u, 3u}) run(emulator::Order::shuffled, seed, "shuffled");
+}
+
 /// Begins with a device in its usual state, and ends with every allocation returned.
 class CudaEmulation : public testing::Test {
  protected:
   void SetUp() override { emulator::device() = {}; }
-  void TearDown() override { EXPECT_EQ(emulator::device().live_allocations, 0); }
+  void TearDown() override {
+    EXPECT_EQ(emulator::device().live_allocations, 0);
+    EXPECT_EQ(emulator::device().failure, "");
+  }
 };
 
 }  // namespace qlora

@@ -16,6 +16,9 @@ def test_info_lists_the_build(capsys):
     for value in (build["version"], build["cxx_compiler"], build["cpu_set"]):
         assert value in printed
     assert ("not built" in printed) == (not build["cuda"])
+    if build["cuda"]:
+        for line in build["cuda_devices"] + build["cuda_problems"]:
+            assert line in printed
 
 
 def test_no_command_is_an_error(capsys):

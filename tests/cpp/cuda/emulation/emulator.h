@@ -1,9 +1,14 @@
 // A device made of fibers, to run the CUDA backend on the host: one fiber for each thread of a
-// thread block, and a rendezvous where threads exchange or wait. A shuffle or barrier that some of
-// its threads do not reach is an error, not a wait.
+// thread block, and a rendezvous where threads exchange or wait.
 //
-// What it cannot show: races between rendezvous (fibers take turns there and nowhere else), memory
-// ordering, speed, and what nvcc makes of the source.
+// A launch fails, with cudaErrorLaunchFailure and the reason in Device::failure, where a kernel
+// breaks a rule that a device might let pass: a barrier or warp instruction that some threads miss,
+// or reach by another path; shared memory that is read before it is written, or that two threads
+// touch without a barrier between (shared_memory.h); a copy's destination touched before the copy
+// is waited for; addresses out of range or unaligned.
+//
+// What it cannot show: races in global memory, speed, how a device rounds the sums in its tensor
+// cores, and what nvcc makes of the source.
 #pragma once
 
 #include <array>
@@ -12,6 +17,8 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <source_location>
+#include <string>
 #include <type_traits>
 
 #include "cuda_runtime_api.h"
@@ -27,14 +34,20 @@ enum class Order { ascending, descending, shuffled };
 
 /// The device and the driver, as a test wants them, and what the backend did with them.
 struct Device {
+  // The backend asks for these once for each device index: a test that changes them takes an index
+  // that no other test uses.
   int major = 9, minor = 0;
+  int multiprocessor_count = 132;
+  int l2_bytes = 50 << 20;
+
   bool has_memory_pools = true;
   bool is_out_of_memory = false;
   bool is_capturing = false;
   int driver_version = 13000;
   cudaError_t driver_error = cudaSuccess;  // of every call
   cudaError_t launch_error = cudaSuccess;
-  Order order = Order::ascending;  // in which warps and their lanes take turns
+  Order order = Order::ascending;  // in which thread blocks, warps and lanes take turns
+  unsigned seed = 1;               // of Order::shuffled
   unsigned max_thread_blocks =
       0xffffffff;  // a launch is cut down to so many: a loop over the grid makes good for the rest
 
@@ -46,6 +59,7 @@ struct Device {
   int synchronize_count = 0;
   int live_allocations = 0;
   cudaStream_t stream = nullptr;  // of the last launch
+  std::string failure;            // what a kernel did wrong, of the last launch that failed
 };
 
 /// The one device. Tests begin with `device() = {}`.
@@ -66,39 +80,45 @@ cudaError_t run(const Launch& launch, Index& thread_index, Index& block_index, I
 // ---- what follows is called by fibers
 
 /// __syncthreads and __syncwarp.
-void wait_for_thread_block();
-void wait_for_warp();
+void wait_for_thread_block(std::source_location where);
+void wait_for_warp(unsigned mask, std::source_location where);
 
-/// Leaves `bytes` bytes at `mine` for the other lanes of the warp, and copies those of all 32 to
-/// `all`.
-void gather_in_warp(unsigned mask, const void* mine, std::size_t bytes, void* all);
+/// Copies `bytes` bytes at `mine` to `all`, and those of the other lanes of the warp, which all
+/// reach the same `instruction`.
+void gather_in_warp(const char* instruction, unsigned mask, const void* mine, std::size_t bytes,
+                    void* all, std::source_location where);
 
 template <typename T>
-void gather_in_warp(unsigned mask, const T& mine, std::array<T, 32>& all) {
+std::array<T, 32> gather_in_warp(const char* instruction, unsigned mask, const T& mine,
+                                 std::source_location where) {
   static_assert(std::is_trivially_copyable_v<T>);
-  gather_in_warp(mask, &mine, sizeof mine, all.data());
+  std::array<T, 32> all;
+  gather_in_warp(instruction, mask, &mine, sizeof mine, all.data(), where);
+  return all;
 }
+
+/// The bytes of one lane.
+void shuffle(const char* instruction, unsigned mask, const void* mine, std::size_t bytes,
+             unsigned from_lane, void* out, std::source_location where);
 
 /// The number of the fiber's lane.
 unsigned lane();
 
 /// The thread block's shared memory, and what every access to it goes by.
 std::byte* shared_memory();
-void check_shared_read(const void* address, std::size_t bytes);
-void check_shared_write(const void* address, std::size_t bytes);
+void load_shared(const void* address, std::size_t bytes, std::size_t alignment, void* out);
+void store_shared(void* address, std::size_t bytes, std::size_t alignment, const void* value);
 
 template <typename T>
 T load_shared(const T* address) {
-  check_shared_read(address, sizeof(T));
   T value;
-  std::memcpy(&value, address, sizeof value);
+  load_shared(address, sizeof(T), alignof(T), &value);
   return value;
 }
 
 template <typename T>
 void store_shared(T* address, const T& value) {
-  check_shared_write(address, sizeof(T));
-  std::memcpy(address, &value, sizeof value);
+  store_shared(address, sizeof(T), alignof(T), &value);
 }
 
 /// cp.async, cp.async.commit_group and cp.async.wait_group: the bytes land at the wait.
@@ -109,14 +129,8 @@ void wait_for_copies(int pending);
 /// ldmatrix.x4, plain or .trans.
 void load_matrices(std::uint32_t (&r)[4], const void* row, bool is_transposed);
 
-/// mma.m16n8k16 with `to_double` reading a 16-bit element.
-void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
-                         double (*to_double)(std::uint16_t bits));
-
+/// mma.m16n8k16 of bf16 or fp16 with fp32 sums.
 template <typename T>
-void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  multiply_accumulate(
-      d, a, b, [](std::uint16_t bits) { return static_cast<double>(qlora::to_float(T{bits})); });
-}
+void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
 
 }  // namespace emulator

@@ -1,0 +1,53 @@
+// What the optimisers' kernels are given: a list of tensors, by value in the kernel's parameters, so
+// that nothing is copied to the device first and a captured CUDA graph holds all of it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/adamw_rule.h"
+#include "cuda/adamw_chunks.h"
+
+namespace qlora::cuda {
+
+enum class FloatKind : std::uint8_t { float32, bfloat16, float16 };
+
+/// A parameter with its gradient and its state.
+struct AdamWEntry {
+  void* param;
+  const void* grad;
+  void* exp_avg;             // fp32, or uint8 codes
+  void* exp_avg_sq;          // as exp_avg
+  float* exp_avg_absmax;     // 8-bit state only
+  float* exp_avg_sq_absmax;  // 8-bit state only
+  std::int64_t count;
+  FloatKind param_kind, grad_kind;
+  bool is_aligned;  // a quad is one access in each of the tensors
+};
+
+/// Of the kernels that step parameters.
+struct AdamWArguments {
+  AdamWRule rule;          // for all tensors, where there are no rules
+  const AdamWRule* rules;  // null, or one for each tensor
+  const float* found_inf;  // null, or: not zero means that nothing is to be done
+  ChunkTable chunks;
+  AdamWEntry tensors[tensors_per_launch];
+};
+
+/// Of the kernel that makes rules from the numbers that are in the device's memory.
+struct AdamWRuleArguments {
+  AdamWRule* rules;
+  AdamWNumbers numbers;
+  const float* lr;          // null: numbers.lr
+  const float* grad_scale;  // null: 1
+  const float* found_inf;   // as in AdamWArguments
+  int tensor_count;
+  float* step_counts[tensors_per_launch];  // null: numbers.step
+};
+
+// Since CUDA 12.1 (driver 530) and compute capability 7.0; 4 KB before.
+inline constexpr std::size_t max_parameter_bytes = 32764;
+static_assert(sizeof(AdamWArguments) <= max_parameter_bytes);
+static_assert(sizeof(AdamWRuleArguments) <= max_parameter_bytes);
+
+}  // namespace qlora::cuda

@@ -1,0 +1,242 @@
+// AdamW on the emulated device gives the CPU's bits, whatever the list, and whether a step's numbers
+// are on the host or on the device. What both kinds of state share is tested with both.
+#include "cuda/adamw_list.h"
+#include "cuda/emulation/emulator.h"
+#include "support/expect_error.h"
+
+namespace qlora {
+namespace {
+
+using emulator::Order;
+
+constexpr std::int64_t odd_sizes[] = {0, 1, 3, 255, 256, 257, 1000, 0, 4095, 4096, 4097};
+
+class CudaAdamWDtypes : public testing::TestWithParam<std::tuple<DType, DType>> {
+ protected:
+  void SetUp() override { emulator::device() = {}; }
+  void TearDown() override { EXPECT_EQ(emulator::device().live_allocations, 0); }
+
+  std::vector<Parameter> make_list(bool is_8bit) {
+    std::vector<Parameter> list;
+    for (const std::int64_t size : odd_sizes) {
+      list.push_back(make_parameter(
+          {.param = std::get<0>(GetParam()), .grad = std::get<1>(GetParam()), .is_8bit = is_8bit},
+          size, generator));
+    }
+    return list;
+  }
+
+  Generator generator{51};
+};
+
+TEST_P(CudaAdamWDtypes, StepsHaveTheCpuBits) {
+  expect_the_cpu_bits(make_list(false), false, 4, generator);
+}
+
+TEST_P(CudaAdamWDtypes, StepsOfTensorsThatAreNotAlignedHaveTheCpuBits) {
+  expect_the_cpu_bits(make_list(false), false, 1, generator, 1);
+  expect_the_cpu_bits(make_list(false), false, 1, generator, 2);
+}
+
+TEST_P(CudaAdamWDtypes, StepsWith8BitStateHaveTheCpuBits) {
+  expect_the_cpu_bits(make_list(true), true, 4, generator);
+}
+
+TEST_P(CudaAdamWDtypes, StepsWith8BitStateOfTensorsThatAreNotAlignedHaveTheCpuBits) {
+  expect_the_cpu_bits(make_list(true), true, 1, generator, 1);
+  expect_the_cpu_bits(make_list(true), true, 1, generator, 2);
+}
+
+INSTANTIATE_TEST_SUITE_P(Dtypes, CudaAdamWDtypes, testing::Combine(float_dtypes, float_dtypes),
+                         [](const auto& instance) {
+                           return std::string(name_of(std::get<0>(instance.param))) + "Grad" +
+                                  name_of(std::get<1>(instance.param));
+                         });
+
+/// A list of all dtypes, with either kind of state.
+class CudaAdamW : public testing::TestWithParam<bool> {
+ protected:
+  const bool is_8bit = GetParam();
+  Generator generator{52};
+
+  void SetUp() override { emulator::device() = {}; }
+  void TearDown() override { EXPECT_EQ(emulator::device().live_allocations, 0); }
+
+  std::vector<Parameter> make_list(bool has_step_count = false) {
+    std::vector<Parameter> list;
+    for (const DType param : {DType::float32, DType::bfloat16, DType::float16}) {
+      for (const std::int64_t size : {700, 0, 4097}) {
+        list.push_back(make_parameter({.param = param,
+                                       .grad = DType::bfloat16,
+                                       .is_8bit = is_8bit,
+                                       .has_step_count = has_step_count},
+                                      size, generator));
+      }
+    }
+    return list;
+  }
+
+  const char* operation() const { return is_8bit ? "adamw8bit_step" : "adamw_step"; }
+};
+
+TEST_P(CudaAdamW, AListOfAllDtypesIsOneLaunch) {
+  expect_the_cpu_bits(make_list(), is_8bit, 1, generator);
+  EXPECT_EQ(emulator::device().launch_count, 1);
+}
+
+TEST_P(CudaAdamW, TheOrderOfTheThreadsDoesNotMatterNorTheSizeOfTheGrid) {
+  emulator::device().max_thread_blocks = 1;
+  for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
+    emulator::device().order = order;
+    expect_the_cpu_bits(make_list(), is_8bit, 2, generator);
+    expect_the_cpu_bits(make_list(true), is_8bit, 1, generator);
+  }
+}
+
+TEST_P(CudaAdamW, AListOfMoreTensorsThanALaunchTakesIsSeveral) {
+  std::vector<Parameter> list;
+  for (int i = 0; i < 500; ++i) {
+    list.push_back(
+        make_parameter({.param = DType::bfloat16, .is_8bit = is_8bit}, i % 7 * 3, generator));
+  }
+  expect_the_cpu_bits(list, is_8bit, 1, generator);
+  EXPECT_EQ(emulator::device().launch_count, 2);
+}
+
+TEST_P(CudaAdamW, NothingIsLaunchedForEmptyTensors) {
+  std::vector<Parameter> list;
+  for (int i = 0; i < 3; ++i) list.push_back(make_parameter({.is_8bit = is_8bit}, 0, generator));
+  expect_the_cpu_bits(list, is_8bit, 1, generator);
+  EXPECT_EQ(emulator::device().launch_count, 0);
+}
+
+TEST_P(CudaAdamW, NumbersOnTheDeviceAreThoseOfTheHost) {
+  // The first list keeps its numbers on the host, the second on the device.
+  std::vector<Parameter> list = make_list(), counted = list;
+  HostTensor lr(DType::float32, {1}), scale(DType::float32, {1}), found(DType::float32, {1}, {0.0});
+  for (Parameter& p : counted) p.step_count = HostTensor(DType::float32, {1}, {41.0});
+  DeviceList on_device(counted);
+  for (std::int64_t t = 42; t <= 44; ++t) {
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      draw_gradient(list[i], t, generator);
+      counted[i].grad = list[i].grad;
+      // By a power of two, so that scaling and its undoing round nothing.
+      for (std::int64_t j = 0; j < list[i].grad.numel(); ++j) {
+        counted[i].grad.set(j, 0x1p7 * list[i].grad[j]);
+      }
+    }
+    on_device.set_gradients(counted);
+    AdamWStep step = step_number(t);
+    lr.set(0, step.lr);
+    step.lr = lr[0];  // as fp32
+    step_list(cpu_views(list), is_8bit, step);
+
+    scale.set(0, 0x1p7);
+    AdamWStep read = step;
+    read.lr = 77.0;
+    read.step = 1;
+    read.lr_tensor = on_cuda(lr.view());
+    read.grad_scale = on_cuda(scale.view());
+    read.found_inf = on_cuda(found.view());
+    step_list(on_device.views(), is_8bit, read);
+    read.lr_tensor = lr.view();
+    read.grad_scale = scale.view();
+    read.found_inf = found.view();
+    step_list(cpu_views(counted), is_8bit, read);
+
+    ASSERT_TRUE(on_device.equals(counted)) << "step " << t;
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      EXPECT_EQ(counted[i].param.bytes(), list[i].param.bytes()) << "parameter " << i;
+      EXPECT_EQ(counted[i].exp_avg.bytes(), list[i].exp_avg.bytes()) << "parameter " << i;
+      EXPECT_EQ(counted[i].exp_avg_sq.bytes(), list[i].exp_avg_sq.bytes()) << "parameter " << i;
+      EXPECT_EQ(counted[i].step_count[0], static_cast<double>(t));
+    }
+  }
+  EXPECT_EQ(emulator::device().launch_count, 6);
+  EXPECT_EQ(emulator::device().synchronize_count, 0);
+}
+
+TEST_P(CudaAdamW, AGradientScaleOfAnySizeHasTheCpuBits) {
+  std::vector<Parameter> list = make_list();
+  DeviceList on_device(list);
+  for (Parameter& p : list) draw_gradient(p, 1, generator);
+  on_device.set_gradients(list);
+  HostTensor scale(DType::float32, {1}, {3.0});
+  AdamWStep step = step_number(2);
+  step.grad_scale = scale.view();
+  step_list(cpu_views(list), is_8bit, step);
+  step.grad_scale = on_cuda(scale.view());
+  step_list(on_device.views(), is_8bit, step);
+  EXPECT_TRUE(on_device.equals(list));
+}
+
+TEST_P(CudaAdamW, AStepThatFoundInfDoesNothing) {
+  for (const bool has_step_count : {false, true}) {
+    std::vector<Parameter> list = make_list(has_step_count);
+    for (Parameter& p : list) draw_gradient(p, 1, generator);
+    DeviceList on_device(list);
+    for (const double found : {1.0, std::nan("")}) {
+      HostTensor found_inf(DType::float32, {1}, {found});
+      AdamWStep step = step_number(1);
+      step.found_inf = on_cuda(found_inf.view());
+      step_list(on_device.views(), is_8bit, step);
+      EXPECT_TRUE(on_device.equals(list));
+    }
+  }
+}
+
+TEST_P(CudaAdamW, ANaNGradientIsSeenWhereTheCpuShowsIt) {
+  std::vector<Parameter> list = {make_parameter({.is_8bit = is_8bit}, 700, generator)};
+  DeviceList on_device(list);
+  for (std::int64_t t = 1; t <= 2; ++t) {
+    draw_gradient(list[0], t, generator);
+    if (t == 1) list[0].grad.set(300, std::nan(""));
+    on_device.set_gradients(list);
+    step_list(on_device.views(), is_8bit, step_number(t));
+    step_list(cpu_views(list), is_8bit, step_number(t));
+  }
+  const auto* const param = on_device.views()[0][0].as<const float>();
+  for (std::int64_t i = 0; i < 700; ++i) {
+    EXPECT_EQ(std::isnan(param[i]), std::isnan(list[0].param[i])) << "element " << i;
+    if (!std::isnan(param[i])) {
+      EXPECT_EQ(static_cast<double>(param[i]), list[0].param[i]) << "element " << i;
+    }
+  }
+}
+
+TEST_P(CudaAdamW, StepsCanBeCapturedAndRunOnTheCallersStream) {
+  std::vector<Parameter> list = make_list(true);
+  DeviceList on_device(list);
+  emulator::device().is_capturing = true;
+  int memory = 0;
+  step_list(on_device.views(), is_8bit, step_number(1), &memory);
+  EXPECT_EQ(static_cast<void*>(emulator::device().stream), &memory);
+  EXPECT_EQ(emulator::device().synchronize_count, 0);
+}
+
+TEST_P(CudaAdamW, AFailedLaunchFreesItsMemory) {
+  std::vector<Parameter> list = make_list(true);
+  DeviceList on_device(list);
+  emulator::device().launch_error = cudaErrorIllegalAddress;
+  expect_error<CudaError>(
+      message(operation(), ": cudaErrorIllegalAddress: as the emulator was told"),
+      [&] { step_list(on_device.views(), is_8bit, step_number(1)); });
+}
+
+TEST_P(CudaAdamW, AnAddressThatIsNoElementsIsRefusedByName) {
+  std::vector<Parameter> list = make_list(true);
+  DeviceList on_device(list);
+  std::vector<Views> views = on_device.views();
+  views[2][6].data = views[2][6].as<std::uint8_t>() + 2;
+  expect_invalid(message(operation(),
+                         ": step_count is float32, but its memory begins 2 bytes past a multiple "
+                         "of 4; pass step_count.clone()"),
+                 [&] { step_list(views, is_8bit, step_number(1)); });
+}
+
+INSTANTIATE_TEST_SUITE_P(State, CudaAdamW, testing::Bool(), [](const auto& instance) {
+  return instance.param ? "In8Bits" : "In32Bits";
+});
+
+}  // namespace
+}  // namespace qlora

@@ -1,0 +1,2 @@
+// LoRA's launchers and kernels, compiled for the emulator.
+#include "cuda/lora.cu"

@@ -1,0 +1,277 @@
+#include "cuda/emulation/streams.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <random>
+#include <set>
+
+#include "cuda/emulation/emulator.h"
+
+namespace {
+
+[[noreturn]] void fail(const char* reason) {
+  std::fprintf(stderr, "emulator: %s\n", reason);
+  std::abort();
+}
+
+/// How often an event was recorded, and how many of these records were reached.
+struct Records {
+  std::uint64_t recorded = 0, reached = 0;
+};
+
+}  // namespace
+
+struct CUevent_st {
+  std::shared_ptr<Records> records = std::make_shared<Records>();
+};
+
+struct CUstream_st {
+  struct Item {
+    std::function<bool()> is_ready;
+    std::function<void()> run;
+  };
+  int device = 0;
+  std::deque<Item> items;
+};
+
+namespace {
+
+constexpr std::size_t granule_bytes = 4096;
+
+struct ManagedRegion {
+  std::size_t bytes;
+  std::vector<bool> is_on_device;  // a granule each
+};
+
+std::vector<cudaStream_t> made_streams;
+std::map<const std::byte*, ManagedRegion> managed_regions;
+std::set<void*> pinned;
+
+bool is_made(cudaStream_t stream) {
+  return std::find(made_streams.begin(), made_streams.end(), stream) != made_streams.end();
+}
+
+void queue(cudaStream_t stream, CUstream_st::Item item) {
+  if (is_made(stream)) {
+    stream->items.push_back(std::move(item));
+  } else {
+    if (!item.is_ready()) fail("a stream that does its work at once waits for one that does not");
+    item.run();
+  }
+}
+
+void queue_work(const emulator::Work& work, std::function<void()> run) {
+  emulator::streams().queued.push_back(work);
+  queue(work.stream, {[] { return true; },
+                      [work, run = std::move(run)] {
+                        emulator::streams().done.push_back(work);
+                        run();
+                      }});
+}
+
+/// Runs what can be run, a piece at a time, until `is_done`.
+void run_until(const std::function<bool()>& is_done) {
+  static std::mt19937 generator;
+  const emulator::Turn turn = emulator::streams().turn;
+  generator.seed(emulator::streams().seed);
+  while (!is_done()) {
+    std::vector<cudaStream_t> able;
+    for (const cudaStream_t stream : made_streams) {
+      if (!stream->items.empty() && stream->items.front().is_ready()) able.push_back(stream);
+    }
+    if (able.empty()) fail("streams wait for each other");
+    std::size_t chosen = 0;
+    if (turn == emulator::Turn::newest_stream) chosen = able.size() - 1;
+    if (turn == emulator::Turn::shuffled) chosen = generator() % able.size();
+    const CUstream_st::Item item = std::move(able[chosen]->items.front());
+    able[chosen]->items.pop_front();
+    item.run();
+  }
+}
+
+/// The region that holds all of this memory, and the granules of it.
+template <typename Function>
+void for_each_granule(const void* memory, std::size_t bytes, Function&& function) {
+  const auto* const begin = static_cast<const std::byte*>(memory);
+  auto region = managed_regions.upper_bound(begin);
+  if (region == managed_regions.begin()) fail("this memory is not managed");
+  --region;
+  const auto first = static_cast<std::size_t>(begin - region->first);
+  if (first + bytes > region->second.bytes) fail("beyond the managed memory");
+  const std::size_t last = (first + bytes + granule_bytes - 1) / granule_bytes;
+  for (std::size_t i = first / granule_bytes; i < last; ++i) {
+    function(region->second.is_on_device[i]);
+  }
+}
+
+void move(const void* memory, std::size_t bytes, bool is_to_device) {
+  emulator::Streams& state = emulator::streams();
+  for_each_granule(memory, bytes, [&](std::vector<bool>::reference is_on_device) {
+    if (is_on_device == is_to_device) return;
+    is_on_device = is_to_device;
+    state.managed_on_device_bytes += is_to_device ? granule_bytes : -granule_bytes;
+  });
+  state.peak_managed_on_device_bytes =
+      std::max(state.peak_managed_on_device_bytes, state.managed_on_device_bytes);
+}
+
+}  // namespace
+
+namespace emulator {
+
+Streams& streams() {
+  static Streams state;
+  return state;
+}
+
+bool is_to_fail() {
+  int& left = streams().calls_until_failure;
+  return left >= 0 && left-- == 0;
+}
+
+void queue_kernel(cudaStream_t stream, const void* memory, std::size_t bytes,
+                  std::function<void()> run) {
+  queue_work({Kind::kernel, memory, bytes, stream}, std::move(run));
+}
+
+void queue_copy(cudaMemcpyKind kind, const void* host_memory, std::size_t bytes,
+                cudaStream_t stream, std::function<void()> run) {
+  queue_work({kind == cudaMemcpyHostToDevice ? Kind::copy_to_device : Kind::copy_to_host,
+              host_memory, bytes, stream},
+             std::move(run));
+}
+
+bool is_on_device(const void* memory, std::size_t bytes) {
+  bool is_all = true;
+  for_each_granule(memory, bytes, [&](bool is_on_device) { is_all &= is_on_device; });
+  return is_all;
+}
+
+void wait_for(cudaStream_t stream) {
+  if (is_made(stream)) run_until([&] { return stream->items.empty(); });
+}
+
+bool is_of_another_device(cudaStream_t stream) {
+  return is_made(stream) && stream->device != device().current;
+}
+
+}  // namespace emulator
+
+using emulator::device;
+using emulator::is_to_fail;
+using emulator::streams;
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = device().driver_error == cudaSuccess ? streams().device_count : 0;
+  return device().driver_error;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {.name = "Emulated", .major = device().major, .minor = device().minor};
+  return device().driver_error;
+}
+
+cudaError_t cudaStreamGetDevice(cudaStream_t stream, int* index) {
+  if (!streams().knows_device_of_stream) return cudaErrorCallRequiresNewerDriver;
+  *index = is_made(stream) ? stream->device : device().current;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  if (is_to_fail()) return cudaErrorMemoryAllocation;
+  *stream = made_streams.emplace_back(new CUstream_st{.device = device().current, .items = {}});
+  ++streams().live;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  emulator::wait_for(stream);
+  std::erase(made_streams, stream);
+  delete stream;
+  --streams().live;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  queue(stream, {[records = event->records, wanted = event->records->recorded] {
+                   return records->reached >= wanted;
+                 },
+                 [] {}});
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  if (is_to_fail()) return cudaErrorMemoryAllocation;
+  *event = new CUevent_st;
+  ++streams().live;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  --streams().live;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  queue(stream, {[] { return true; },
+                 [records = event->records, reached = ++event->records->recorded] {
+                   records->reached = std::max(records->reached, reached);
+                 }});
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  ++device().synchronize_count;
+  run_until([records = event->records, wanted = event->records->recorded] {
+    return records->reached >= wanted;
+  });
+  return cudaSuccess;
+}
+
+cudaError_t cudaMallocManaged(void** memory, std::size_t bytes, unsigned) {
+  if (streams().is_managed_missing) return cudaErrorInvalidValue;
+  const cudaError_t error = cudaMalloc(memory, bytes);
+  if (error != cudaSuccess) return error;
+  managed_regions[static_cast<std::byte*>(*memory)] = {
+      bytes, std::vector<bool>((bytes + granule_bytes - 1) / granule_bytes)};
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
+  if (is_to_fail()) return cudaErrorMemoryAllocation;
+  *memory = std::malloc(bytes);
+  std::memset(*memory, 0xa5, bytes);
+  pinned.insert(*memory);
+  ++streams().live;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* memory) {
+  if (pinned.erase(memory) == 0) fail("this memory was not pinned");
+  std::free(memory);
+  --streams().live;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemAdvise(const void* memory, std::size_t bytes, cudaMemoryAdvise advice,
+                          cudaMemLocation) {
+  if (is_to_fail()) return cudaErrorInvalidValue;
+  for_each_granule(memory, bytes, [](bool) {});
+  streams().advice.push_back(advice);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemPrefetchAsync(const void* memory, std::size_t bytes, cudaMemLocation location,
+                                 unsigned, cudaStream_t stream) {
+  const bool is_to_device = location.type == cudaMemLocationTypeDevice;
+  queue_work({is_to_device ? emulator::Kind::prefetch_to_device : emulator::Kind::prefetch_to_host,
+              memory, bytes, stream},
+             [=] { move(memory, bytes, is_to_device); });
+  return cudaSuccess;
+}

@@ -1,0 +1,301 @@
+#include "cuda/emulation/thread_block.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "core/check.h"
+#include "cuda/emulation/copy_async.h"
+#include "cuda/emulation/emulator.h"
+#include "cuda/emulation/fiber.h"
+#include "cuda/emulation/shared_memory.h"
+
+namespace emulator {
+namespace {
+
+using qlora::message;
+
+constexpr std::size_t shared_bytes_without_asking = 48 * 1024;
+constexpr unsigned max_threads = 1024;
+constexpr unsigned max_grid = 0x7fffffff;
+
+/// A place in a kernel where threads meet.
+struct Place {
+  const char* instruction;
+  std::source_location where;
+};
+
+/// Where a fixed number of fibers meet.
+struct Rendezvous {
+  unsigned expected = 0, arrived = 0, generation = 0;
+  Place place{};       // of the first to arrive
+  unsigned first = 0;  // who it was
+};
+
+struct Warp {
+  Rendezvous rendezvous;
+  // Used in turn: a lane can be one exchange ahead of another that has still to read.
+  std::array<Slots, 2> slots;
+};
+
+struct Thread {
+  Fiber fiber;
+  const Rendezvous* waits_for = nullptr;
+  unsigned generation = 0;  // of what it waits for
+  bool is_done = false;
+
+  bool can_run() const {
+    return !is_done && (waits_for == nullptr || waits_for->generation != generation);
+  }
+};
+
+struct ThreadBlock {
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<std::unique_ptr<Warp>> warps;
+  Rendezvous rendezvous;
+  const std::function<void()>* body = nullptr;
+  unsigned index = 0, thread_count = 0, warp_count = 0;
+  unsigned running = 0;
+  std::string failure;
+};
+
+ThreadBlock block;
+
+Warp& this_warp() { return *block.warps[block.running / lanes]; }
+
+std::string text(const Place& place) {
+  if (place.where.line() == 0) return place.instruction;
+  const std::string path = place.where.file_name();
+  return message(place.instruction, " (", path.substr(path.rfind('/') + 1), ":", place.where.line(),
+                 ")");
+}
+
+void record_failure(const std::string& what) {
+  block.failure = message("thread block ", block.index, ": ", what);
+}
+
+/// Whether the caller is the last to come, which then goes on at once; the others wait.
+bool meet(Rendezvous& rendezvous, const Place& place) {
+  if (rendezvous.arrived == 0) {
+    rendezvous.place = place;
+    rendezvous.first = block.running;
+  } else if (std::strcmp(rendezvous.place.instruction, place.instruction) != 0) {
+    fail(message("is in ", text(place), " while thread ", rendezvous.first, " waits in ",
+                 text(rendezvous.place)));
+  }
+  if (++rendezvous.arrived == rendezvous.expected) return true;
+  Thread& thread = *block.threads[block.running];
+  thread.waits_for = &rendezvous;
+  thread.generation = rendezvous.generation;
+  Fiber::suspend();
+  thread.waits_for = nullptr;
+  return false;
+}
+
+void open(Rendezvous& rendezvous) {
+  rendezvous.arrived = 0;
+  ++rendezvous.generation;
+}
+
+void run_thread() {
+  (*block.body)();
+  check_no_copies_left();
+  block.threads[block.running]->is_done = true;
+}
+
+void fiber_main() {
+  run_thread();
+  Fiber::finish();
+}
+
+/// 0 to count - 1, in the order that the test wants.
+class Sequence {
+ public:
+  Sequence(unsigned count, std::mt19937& random) : numbers_(count), random_(random) {
+    std::iota(numbers_.begin(), numbers_.end(), 0u);
+    if (device().order == Order::descending) std::reverse(numbers_.begin(), numbers_.end());
+  }
+
+  /// The numbers; shuffled anew each time if they are to be.
+  const std::vector<unsigned>& next() {
+    if (device().order == Order::shuffled) std::shuffle(numbers_.begin(), numbers_.end(), random_);
+    return numbers_;
+  }
+
+ private:
+  std::vector<unsigned> numbers_;
+  std::mt19937& random_;
+};
+
+/// Where the threads are that cannot go on.
+std::string describe_waiting() {
+  std::string waiting;
+  unsigned done = 0, described = 0;
+  const Rendezvous* last = nullptr;
+  for (unsigned t = 0; t < block.thread_count; ++t) {
+    const Thread& thread = *block.threads[t];
+    done += thread.is_done;
+    if (thread.is_done || thread.waits_for == last) continue;
+    last = thread.waits_for;
+    if (++described <= 4) {
+      waiting += message("; thread ", t, " waits in ", text(last->place), " with ",
+                         last->arrived - 1, " others of ", last->expected - 1);
+    }
+  }
+  return message("threads wait for others that do not come", waiting, "; ", done,
+                 " threads have returned");
+}
+
+/// Runs the threads of a warp as far as they can go. Whether any could.
+bool run_warp(unsigned warp, const std::vector<unsigned>& lane_order, Index& thread_index) {
+  bool has_progressed = false;
+  for (const unsigned lane : lane_order) {
+    const unsigned t = warp * lanes + lane;
+    if (t >= block.thread_count || !block.threads[t]->can_run()) continue;
+    has_progressed = true;
+    block.running = thread_index.x = t;
+    block.threads[t]->fiber.resume();
+    if (!block.failure.empty()) return false;
+  }
+  return has_progressed;
+}
+
+/// Warps take turns, and in its turn a warp goes as far as it can: one that a barrier fails to hold
+/// back runs far ahead of the others.
+void run_threads(Index& thread_index, std::mt19937& random) {
+  Sequence warps(block.warp_count, random), order_of_lanes(lanes, random);
+  const auto is_over = [] {
+    return std::all_of(block.threads.begin(), block.threads.begin() + block.thread_count,
+                       [](const auto& thread) { return thread->is_done; });
+  };
+  do {
+    bool has_progressed = false;
+    for (const unsigned warp : warps.next()) {
+      while (run_warp(warp, order_of_lanes.next(), thread_index)) has_progressed = true;
+      if (!block.failure.empty()) return;
+    }
+    if (!has_progressed) return record_failure(describe_waiting());
+  } while (!is_over());
+}
+
+void run_thread_block(unsigned threads, std::size_t shared_bytes, Index& thread_index,
+                      std::mt19937& random) {
+  block.thread_count = threads;
+  block.warp_count = (threads + lanes - 1) / lanes;
+  block.rendezvous = {.expected = threads};
+  while (block.warps.size() < block.warp_count) block.warps.push_back(std::make_unique<Warp>());
+  for (unsigned w = 0; w < block.warp_count; ++w) {
+    block.warps[w]->rendezvous = {.expected = std::min(lanes, threads - w * lanes)};
+  }
+  while (block.threads.size() < threads) block.threads.push_back(std::make_unique<Thread>());
+  for (unsigned t = 0; t < threads; ++t) {
+    Thread& thread = *block.threads[t];
+    thread.waits_for = nullptr;
+    thread.is_done = false;
+    thread.fiber.start(fiber_main);
+  }
+  the_shared_memory().begin_thread_block(shared_bytes, block.warp_count);
+  forget_copies(threads);
+  run_threads(thread_index, random);
+}
+
+}  // namespace
+
+unsigned this_thread() { return block.running; }
+
+void fail(const std::string& what) {
+  record_failure(message("thread ", block.running, " ", what));
+  Fiber::finish();
+}
+
+cudaError_t run(const Launch& launch, Index& thread_index, Index& block_index, Index& grid_size,
+                const std::function<void()>& thread) {
+  if (launch.thread_blocks == 0 || launch.thread_blocks > max_grid || launch.threads == 0 ||
+      launch.threads > max_threads) {
+    return cudaErrorInvalidValue;
+  }
+  if (launch.shared_bytes > shared_bytes_without_asking &&
+      launch.shared_bytes > device().shared_bytes_of[launch.kernel]) {
+    return cudaErrorInvalidValue;
+  }
+  if (device().launch_error != cudaSuccess) return device().launch_error;
+  ++device().launch_count;
+  device().stream = launch.stream;
+  block.body = &thread;
+  block.failure.clear();
+  grid_size.x = std::min(launch.thread_blocks, device().max_thread_blocks);
+  std::mt19937 random(device().seed);
+  Sequence thread_blocks(grid_size.x, random);
+  for (const unsigned index : thread_blocks.next()) {
+    block.index = block_index.x = index;
+    run_thread_block(launch.threads, launch.shared_bytes, thread_index, random);
+    if (!block.failure.empty()) {
+      device().failure = block.failure;
+      return cudaErrorLaunchFailure;
+    }
+  }
+  return cudaSuccess;
+}
+
+void wait_for_thread_block(std::source_location where) {
+  Rendezvous& rendezvous = block.rendezvous;
+  if (rendezvous.arrived > 0 &&
+      (rendezvous.place.where.line() != where.line() ||
+       std::strcmp(rendezvous.place.where.file_name(), where.file_name()) != 0)) {
+    fail(message("is in ", text({"__syncthreads", where}), " while thread ", rendezvous.first,
+                 " waits in ", text(rendezvous.place)));
+  }
+  if (meet(rendezvous, {"__syncthreads", where})) {
+    the_shared_memory().order_thread_block();
+    open(rendezvous);
+  }
+}
+
+void wait_for_warp(unsigned mask, std::source_location where) {
+  Warp& warp = this_warp();
+  const Place place{"__syncwarp", where};
+  if (mask != all_lanes) fail(message("is in ", text(place), " without all lanes in its mask"));
+  if (meet(warp.rendezvous, place)) {
+    the_shared_memory().order_warp(block.running / lanes);
+    open(warp.rendezvous);
+  }
+}
+
+const Slots& exchange_in_warp(const char* instruction, unsigned mask, const void* mine,
+                              std::size_t bytes, void (*work)(Slots&), std::source_location where) {
+  Warp& warp = this_warp();
+  const Place place{instruction, where};
+  if (mask != all_lanes) fail(message("is in ", text(place), " without all lanes in its mask"));
+  if (bytes > Slots::bytes_per_lane) fail(message("leaves too many bytes in ", text(place)));
+  if (warp.rendezvous.expected != lanes) {
+    fail(message("is in ", text(place), " in a warp of fewer than 32 threads"));
+  }
+  Slots& slots = warp.slots[warp.rendezvous.generation % 2];
+  std::memcpy(slots.of_lane[block.running % lanes].data(), mine, bytes);
+  if (meet(warp.rendezvous, place)) {
+    if (work != nullptr) work(slots);
+    open(warp.rendezvous);
+  }
+  return slots;
+}
+
+unsigned lane() { return block.running % lanes; }
+
+void gather_in_warp(const char* instruction, unsigned mask, const void* mine, std::size_t bytes,
+                    void* all, std::source_location where) {
+  const Slots& slots = exchange_in_warp(instruction, mask, mine, bytes, nullptr, where);
+  for (unsigned lane = 0; lane < lanes; ++lane) {
+    std::memcpy(static_cast<std::byte*>(all) + lane * bytes, slots.of_lane[lane].data(), bytes);
+  }
+}
+
+void shuffle(const char* instruction, unsigned mask, const void* mine, std::size_t bytes,
+             unsigned from_lane, void* out, std::source_location where) {
+  const Slots& slots = exchange_in_warp(instruction, mask, mine, bytes, nullptr, where);
+  std::memcpy(out, slots.of_lane[from_lane].data(), bytes);
+}
+
+}  // namespace emulator
