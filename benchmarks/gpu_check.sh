@@ -100,7 +100,14 @@ stage_extension() {
   "$python" -m pip install --no-build-isolation --no-deps --upgrade --target "$site" \
     -C build-dir="$build/extension" -C cmake.define.QLORA_CUDA=ON \
     -C cmake.define.QLORA_CUDA_ARCHS="$(architecture)" .
-  "$python" -c 'import qlora_native as q; print(q.__file__, q.build_info())'
+  if ! "$python" - "$site" <<'END'; then
+import sys, qlora_native
+print(qlora_native.__file__, qlora_native.build_info())
+sys.exit(not qlora_native.__file__.startswith(sys.argv[1]))
+END
+    rm -rf "$site" # nothing that follows may take the other one for it
+    die "another qlora_native hides the one that was built (an editable install?): uninstall it"
+  fi
 }
 
 stage_cpp_tests() {

@@ -104,6 +104,108 @@ EXPECTATIONS = (
         (),
         "256 scales a thread block: small beside the codes",
     ),
+    Expectation(
+        r"nf4_few_tokens_forward_kernel<.*, [12]>",
+        2,
+        (TENSOR_CORES, LOAD_16),
+        "two thread blocks keep the loads of codes on their way that memory needs",
+    ),
+    Expectation(
+        r"nf4_few_tokens_forward_kernel<.*, 4>",
+        1,
+        (TENSOR_CORES, LOAD_16),
+        "the sums of 32 tokens take half of the registers that there are",
+    ),
+    Expectation(
+        r"nf4_few_tokens_grad_input_kernel<.*>",
+        2,
+        (TENSOR_CORES,),
+        "as forward; codes are read as columns, 8 bytes of a row at a time",
+    ),
+    Expectation(
+        r"nf4_few_tokens_sum_kernel<.*>",
+        6,
+        (),
+        "adds the parts of a few tokens, which are in L2",
+    ),
+    Expectation(
+        r"tiles::nf4_matmul_tiles_kernel<.*, 128>",
+        2,
+        (TENSOR_CORES, COPY_16),
+        "one thread block multiplies while the other waits for its copies",
+    ),
+    Expectation(
+        r"tiles::nf4_matmul_tiles_kernel<.*, 64>",
+        3,
+        (TENSOR_CORES, COPY_16),
+        "as for 128 tokens, with room for one more",
+    ),
+    Expectation(
+        r"tiles::nf4_matmul_tiles_sum_kernel<.*>",
+        6,
+        (LOAD_16,),
+        "adds the parts of a tile, four columns at a time",
+    ),
+    Expectation(
+        r"nf4_matmul_plain_kernel<.*>",
+        4,
+        (),
+        "for what the others do not take: right for every shape and address, not fast",
+    ),
+    Expectation(
+        r"lora_shrink_kernel<.*>",
+        2,
+        (TENSOR_CORES, LOAD_MATRICES, COPY_16),
+        "a pass over x at the memory's speed: copies run ahead in both thread blocks",
+    ),
+    Expectation(
+        r"lora_expand_kernel<.*>",
+        3,
+        (TENSOR_CORES, LOAD_MATRICES, LOAD_16, STORE_16),
+        "a pass over y at the memory's speed: 48 KB of it on their way in three thread blocks",
+    ),
+    Expectation(
+        r"lora_gradients_kernel<.*>",
+        2,
+        (TENSOR_CORES, LOAD_MATRICES, COPY_16),
+        "as shrink, over x and dY",
+    ),
+    Expectation(
+        r"lora_add_parts_kernel",
+        5,
+        (LOAD_16,),
+        "adds the parts of factors' gradients, four elements at a time",
+    ),
+    Expectation(
+        r"lora_plain_(shrink|expand|gradient)_kernel<.*>",
+        4,
+        (),
+        "for what the others do not take: right for every shape and address, not fast",
+    ),
+    Expectation(
+        r"dropout_kernel<.*>",
+        5,
+        (LOAD_16, STORE_16),
+        "Philox's multiplications need many warps to hide behind the memory's accesses",
+    ),
+    Expectation(
+        r"adamw_rules_kernel",
+        1,
+        (),
+        "a thread a tensor: the step's numbers, in fp64",
+    ),
+    Expectation(
+        r"adamw_kernel",
+        4,
+        (LOAD_16, STORE_16),
+        "1024 threads, each with its moments' 16-byte accesses on their way, fill the bandwidth",
+    ),
+    Expectation(
+        r"adamw8bit_kernel",
+        2,
+        (),
+        "two look-ups and two encodings an element: arithmetic counts as much as the memory",
+    ),
 )
 
 

@@ -46,6 +46,7 @@ STUBS = {
             while [ "$1" != --target ]; do shift; done
             mkdir -p "$2/qlora_native" ;;
           *"torch sees no GPU"*) exit ${FAKE_TORCH_STATUS:-0} ;;
+          "- "*) exit ${FAKE_IMPORT_STATUS:-0} ;;
           *cuda_resources.py*) printf 'title\\n---\\n| kernel |\\n' ;;
           *--markdown*) echo "| a table |" ;;
           *bench_cuda.py*)
@@ -192,6 +193,12 @@ def test_a_build_that_fails_skips_what_needs_it_and_no_more(check):
     assert skipped == {"pytest", "resources", "bench"}
     assert check.reason("bench") == "the extension was not built"
     assert verdicts["googletest"] == verdicts["memcheck"] == "passed"
+
+
+def test_a_qlora_native_that_hides_the_one_built_is_a_failure(check):
+    assert check.run(FAKE_IMPORT_STATUS="1") == 1
+    assert "another qlora_native hides the one that was built" in check.reason("extension")
+    assert check.verdicts()["bench"] == "skipped"
 
 
 def test_without_googletest_its_stages_are_skipped_with_the_reason(check):
