@@ -22,6 +22,7 @@ class Goal:
         ms: their numbers of tokens; empty: any.
         against: a contender; several: whichever of them is fastest.
         isas: the instruction sets that it holds on; empty: any that no other goal names.
+        sizes: of the weight, like "4096×4096"; empty: any.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Goal:
     against: tuple[str, ...]
     reach: float
     isas: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
 
 
 _AVX2 = ("avx2",)
@@ -64,6 +66,39 @@ GOALS = (
     Goal("training step", (), ("bf16 + PEFT",), 1.0),
 )
 
+# Of the CUDA backend on an H200: docs/benchmarks.md says what the floors are.
+OWN_ONE_TOKEN, OWN_BASE, DEQUANTISE_MM = "own m = 1", "own base alone", "dequantise + torch.mm"
+PEFT = "PEFT on bitsandbytes"
+LORA_SET = "448 LoRA tensors"
+_SQUARE, _WIDE = ("4096×4096",), ("4096×14336",)
+CUDA_GOALS = (
+    Goal("quantise", (), (LIMIT,), 1 / 1.4),
+    Goal("quantise", (), (BNB,), 5),
+    *(Goal(f"dequantise to {dtype}", (), (LIMIT,), 1 / 1.18) for dtype in ("bf16", "fp16", "fp32")),
+    Goal("dequantise to bf16", (), (BNB,), 2),
+    Goal("forward", (1,), (MICROSECONDS,), 4.5, sizes=_SQUARE),
+    Goal("forward", (1,), (MICROSECONDS,), 9.5, sizes=_WIDE),
+    Goal("forward", (1,), (BNB,), 1.5),
+    Goal("forward", (16,), (OWN_ONE_TOKEN,), 1 / 1.25),
+    Goal("forward", (64,), (MICROSECONDS,), 8, sizes=_SQUARE),
+    Goal("forward", (128,), (MICROSECONDS,), 12, sizes=_SQUARE),
+    Goal("forward", (256,), (MICROSECONDS,), 20, sizes=_SQUARE),
+    Goal("forward", (512,), (MICROSECONDS,), 38, sizes=_SQUARE),
+    # The choice of a kernel is wrong where dequantising by hand is faster.
+    Goal("forward", (), (DEQUANTISE_MM,), 0.97),
+    Goal("dX", (), (DEQUANTISE_MM,), 0.97),
+    *(Goal(key, (2048,), (BF16,), 1 / 1.15) for key in ("forward", "dX")),
+    *(Goal(key, (8192,), (BF16,), 1 / 1.04) for key in ("forward", "dX")),
+    # A step's LoRA is to take 6 % of it, which is 8 % of what its base products take.
+    Goal("LoRA forward + backward", (2048,), (OWN_BASE,), 1 / 1.08),
+    Goal("LoRA forward + backward", (), (PEFT,), 1.3),
+    Goal("AdamW 32-bit", (), (LIMIT,), 1 / 1.15),
+    Goal("AdamW 8-bit", (), (LIMIT,), 1 / 1.4),
+    Goal("AdamW 32-bit, with the host", (), (BNB,), 20, sizes=(LORA_SET,)),
+    Goal("AdamW 8-bit, with the host", (), (BNB,), 20, sizes=(LORA_SET,)),
+    Goal("paging", (), (LIMIT,), 0.80),
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -74,9 +109,10 @@ class Verdict:
     met: bool
 
 
-def judge(row: Row, isa: str) -> list[Verdict]:
+def judge(row: Row, isa: str, goals: tuple[Goal, ...] = GOALS) -> list[Verdict]:
     """The verdicts on a row, of the goals whose contenders it has."""
-    goals = [g for g in GOALS if g.key == row.key and (not g.ms or row.m in g.ms)]
+    goals = [g for g in goals if g.key == row.key and (not g.ms or row.m in g.ms)]
+    goals = [g for g in goals if not g.sizes or row.size in g.sizes]
     special = [goal for goal in goals if isa in goal.isas]
     replaced = {against for goal in special for against in goal.against}
     goals = special + [g for g in goals if not g.isas and not replaced & set(g.against)]

@@ -67,7 +67,12 @@ class Times:
 
 @dataclass
 class Row:
-    """The result of a Work: times by contender, ours first, and ours as a share of the limit."""
+    """The result of a Work: times by contender, ours first, and ours as a share of the limit.
+
+    Attributes:
+        bytes_moved, operations: of one call, as of its Case.
+        notes: on how it was measured, and on contenders that are missing.
+    """
 
     work: str
     key: str
@@ -77,6 +82,9 @@ class Row:
     limit: str | None = None
     share_of_limit: float | None = None
     verdicts: list[Verdict] = field(default_factory=list)
+    bytes_moved: int = 0
+    operations: float = 0
+    notes: list[str] = field(default_factory=list)
 
     def ratio(self, contender: str) -> float:
         """How many times our time the contender takes."""
@@ -158,6 +166,7 @@ def run_work(work: Work, limits: Limits | None, isa: str, seconds: float, settle
     times = time_contenders(case.contenders, seconds, settle)
     torch.set_num_threads(threads)
     row = Row(work.name, work.key, work.m, work.size, times)
+    row.bytes_moved, row.operations = case.bytes_moved, case.operations
     if limits is not None and (case.bytes_moved or case.operations):
         bandwidth = limits.read if case.bandwidth == "read" else limits.copy
         instruction, peak = limits.peak(isa, case.dtype)

@@ -32,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = "torch sees no GPU"
     else:
         return
+    if os.environ.get("QLORA_REQUIRE_GPU") == "1":
+        raise pytest.UsageError(f"QLORA_REQUIRE_GPU=1, but {reason}")
     for item in items:
         runs_on_cpu = CUDA_TEST_DEVICE == "cpu" and "device" in item.fixturenames
         if item.get_closest_marker("cuda") and not runs_on_cpu:

@@ -1,0 +1,285 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command, in at most 9 minutes and without a network: builds for
+# the card's architecture alone, runs the C++ tests, pytest and compute-sanitizer on it, then the
+# benchmark.
+#
+#   benchmarks/gpu_check.sh [--dry-run] [OUT]    OUT: where results go, default benchmarks/results
+#
+# Needs an NVIDIA driver, nvcc (12.8 or newer), a C++20 compiler, CMake, Ninja, and a Python with torch
+# (for CUDA), pytest, pybind11 and scikit-build-core. What else is missing is skipped with the reason.
+#
+#   PYTHON                    the Python to use, default python3
+#   QLORA_PEERS               a folder for PYTHONPATH with packages to compare with, default .peers
+#   QLORA_GTEST_ROOT          a folder that Debian's libgtest-dev was unpacked into, default
+#                             .peers/gtest; a GoogleTest of the system is found without
+#   QLORA_GPU_CHECK_SECONDS   less time than the 540 s; all stages then get less
+#   QLORA_GPU_CHECK_BUILD     the folder to build in, default build/gpu_check
+#
+# A stage that fails, or does not end in time, does not stop the others. The exit status is 0 if none
+# failed, 1 if one did, 2 if there is nothing to check (no GPU, or a tool is missing). The card's
+# settings are left as they are.
+set -euo pipefail
+self=$(readlink -f "${BASH_SOURCE[0]}")
+cd "$(dirname "$self")/.."
+
+# Stages: name, the seconds that are kept for it, what it does. A stage may also use what those before
+# it left over.
+planned_seconds=540
+total_seconds=${QLORA_GPU_CHECK_SECONDS:-$planned_seconds}
+reserved_seconds=$((10 * total_seconds / planned_seconds)) # for ending what does not end by itself, and for the summary
+stages=(
+  "machine|15|says what there is: driver, GPU, toolkit, Python, torch"
+  "extension|110|pip install, without a network, for the card's architecture alone"
+  "cpp-tests|80|CMake builds qlora_cuda_tests, if there is a GoogleTest"
+  "googletest|25|runs every operation on the device against the CPU"
+  "pytest|70|pytest -m cuda"
+  "memcheck|40|compute-sanitizer on qlora_cuda_tests: accesses outside of memory"
+  "racecheck|40|the same: races in shared memory"
+  "initcheck|25|the same: reads of memory that nobody wrote"
+  "resources|15|registers, memory and instructions of every kernel, by cuobjdump"
+  "bench|110|benchmarks/bench_cuda.py"
+)
+
+python=${PYTHON:-python3}
+peers=${QLORA_PEERS:-$PWD/.peers}
+gtest_root=${QLORA_GTEST_ROOT:-$PWD/.peers/gtest}
+build=${QLORA_GPU_CHECK_BUILD:-$PWD/build/gpu_check}
+site=$build/site
+cpp_tests=$build/cpp/tests/cpp/cuda/qlora_cuda_tests
+skipped_status=77
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INDEX=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH="$site:$peers${PYTHONPATH:+:$PYTHONPATH}"
+export QLORA_REQUIRE_GPU=1 # a test that finds no GPU here fails instead of being skipped
+
+skip() {
+  printf '%s\n' "$*" >"$build/reason"
+  exit "$skipped_status"
+}
+
+die() {
+  printf '%s\n' "$*" | tee "$build/reason" >&2
+  exit 1
+}
+
+query() { nvidia-smi --id=0 --format=csv,noheader --query-gpu="$1"; }
+
+# The entry of QLORA_CUDA_ARCHS for this card: 90a-real for compute capability 9.0.
+architecture() {
+  local capability
+  capability=$(query compute_cap) || return 1
+  case $capability in
+    9.0) echo 90a-real ;;
+    [0-9]*.[0-9]) echo "${capability/./}-real" ;;
+    *) die "nvidia-smi says that the compute capability is '$capability'" ;;
+  esac
+}
+
+stage_machine() {
+  local tool module missing=()
+  for tool in nvidia-smi nvcc cmake ninja "$python"; do
+    command -v "$tool" >/dev/null || missing+=("$tool")
+  done
+  if [ ${#missing[@]} -eq 0 ]; then
+    for module in torch pytest pybind11 scikit_build_core; do
+      "$python" -c "import $module" >/dev/null 2>&1 || missing+=("Python's $module")
+    done
+  fi
+  if [ ${#missing[@]} -gt 0 ]; then
+    die "missing: $(IFS=,; echo "${missing[*]}")"
+  fi
+  query name,driver_version,compute_cap,memory.total || die "nvidia-smi finds no GPU"
+  echo "architecture to build: $(architecture)"
+  nvcc --version | tail -n 2
+  "$python" -c '
+import sys, torch
+print("Python", sys.version.split()[0], "torch", torch.__version__)
+sys.exit("torch sees no GPU" if not torch.cuda.is_available() else 0)' || die "torch sees no GPU"
+}
+
+stage_extension() {
+  "$python" -m pip install --no-build-isolation --no-deps --upgrade --target "$site" \
+    -C build-dir="$build/extension" -C cmake.define.QLORA_CUDA=ON \
+    -C cmake.define.QLORA_CUDA_ARCHS="$(architecture)" .
+  if ! "$python" - "$site" <<'END'; then
+import sys, qlora_native
+print(qlora_native.__file__, qlora_native.build_info())
+sys.exit(not qlora_native.__file__.startswith(sys.argv[1]))
+END
+    rm -rf "$site" # nothing that follows may take the other one for it
+    die "another qlora_native hides the one that was built (an editable install?): uninstall it"
+  fi
+}
+
+stage_cpp_tests() {
+  local log=$build/configure.log
+  if ! cmake -S . -B "$build/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DQLORA_BUILD_PYTHON=OFF \
+    -DQLORA_BUILD_TESTS=ON -DQLORA_FETCH_GTEST=OFF -DCMAKE_PREFIX_PATH="$gtest_root/usr" \
+    -DQLORA_CUDA=ON -DQLORA_CUDA_ARCHS="$(architecture)" >"$log" 2>&1; then
+    cat "$log"
+    if grep -q "GoogleTest is not available" "$log"; then
+      skip "there is no GoogleTest: neither of the system nor in $gtest_root"
+    fi
+    return 1
+  fi
+  cmake --build "$build/cpp" --target qlora_cuda_tests
+}
+
+require_cpp_tests() { [ -x "$cpp_tests" ] || skip "qlora_cuda_tests was not built"; }
+require_extension() { [ -d "$site/qlora_native" ] || skip "the extension was not built"; }
+
+stage_googletest() {
+  require_cpp_tests
+  "$cpp_tests" --gtest_brief=1
+}
+
+stage_pytest() {
+  require_extension
+  local files
+  # The others need not even be imported: they may want packages that are not here.
+  mapfile -t files < <(grep -rlE 'mark\.cuda' tests/python --include='test_*.py' | sort)
+  "$python" -m pytest -q -m cuda -p no:cacheprovider "${files[@]}"
+}
+
+sanitize() {
+  require_cpp_tests
+  command -v compute-sanitizer >/dev/null || skip "there is no compute-sanitizer"
+  local log=$build/$1.log
+  if compute-sanitizer --tool "$1" --error-exitcode 9 "$cpp_tests" --gtest_brief=1 >"$log" 2>&1; then
+    tail -n 5 "$log"
+  elif grep -q "Device not supported" "$log"; then
+    skip "compute-sanitizer does not support this device, or this virtual machine"
+  else
+    head -n 200 "$log"
+    return 1
+  fi
+}
+
+stage_resources() {
+  require_extension
+  if ! command -v cuobjdump >/dev/null || ! command -v nvdisasm >/dev/null; then
+    skip "there is no cuobjdump, or no nvdisasm"
+  fi
+  "$python" tests/python/cuda_resources.py >"$OUT/cuda_resources.md"
+  tail -n +3 "$OUT/cuda_resources.md"
+}
+
+stage_bench() {
+  require_extension
+  local name status=0
+  name=cuda_$(query name | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' _)
+  # It begins no row in the last ten seconds, so that it ends by itself and writes what it has.
+  "$python" benchmarks/bench_cuda.py --json "$OUT/$name.json" \
+    --budget $((STAGE_SECONDS > 20 ? STAGE_SECONDS - 10 : 10)) || status=$?
+  if [ -f "$OUT/$name.json" ]; then
+    "$python" benchmarks/bench_cuda.py --markdown "$OUT/$name.json" >"$OUT/$name.md"
+  fi
+  return "$status"
+}
+
+do_stage() {
+  case $1 in
+    machine) stage_machine ;;
+    extension) stage_extension ;;
+    cpp-tests) stage_cpp_tests ;;
+    googletest) stage_googletest ;;
+    pytest) stage_pytest ;;
+    memcheck | racecheck | initcheck) sanitize "$1" ;;
+    resources) stage_resources ;;
+    bench) stage_bench ;;
+    *) die "there is no stage $1" ;;
+  esac
+}
+
+# The seconds that are kept for a stage, given its entry.
+kept_seconds() {
+  local limit
+  IFS='|' read -r _ limit _ <<<"$1"
+  echo $((limit * total_seconds / planned_seconds))
+}
+
+# Runs a stage in a process of its own, so that its time can be limited, and notes its verdict.
+run_stage() {
+  local name=$1 limit=$2 begin=$SECONDS status=0 verdict reason=""
+  rm -f "$build/reason"
+  printf '\n==== %s (at most %d s; %d s since the start)\n' "$name" "$limit" "$begin"
+  if [ "$limit" -lt 1 ]; then
+    verdict=failed reason="no time was left"
+  else
+    STAGE_SECONDS=$limit OUT=$out timeout --kill-after=5 "$limit" \
+      bash "$self" --stage "$name" || status=$?
+    if [ -f "$build/reason" ]; then reason=$(<"$build/reason"); fi
+    case $status in
+      0) verdict=passed ;;
+      "$skipped_status") verdict=skipped ;;
+      124 | 137) verdict=failed reason="it did not end within $limit s" ;;
+      *) verdict=failed reason=${reason:-exit status $status} ;;
+    esac
+  fi
+  printf -- '---- %s %s%s\n' "$name" "$verdict" "${reason:+: $reason}"
+  printf '%s\t%s\t%d\t%s\n' "$name" "$verdict" $((SECONDS - begin)) "${reason//[$'\t\n']/ }" \
+    >>"$build/verdicts"
+}
+
+# The verdicts so far as a table, and in OUT/gpu_check.json.
+summarise() {
+  local name verdict seconds reason
+  printf '\n%-12s %-8s %5s  %s\n' stage verdict s reason
+  while IFS=$'\t' read -r name verdict seconds reason; do
+    printf '%-12s %-8s %5d  %s\n' "$name" "$verdict" "$seconds" "$reason"
+  done <"$build/verdicts"
+  printf '%d s in all; results are in %s\n' "$SECONDS" "$out"
+  awk -F '\t' -v total="$SECONDS" '
+    function text(s) { gsub(/[\\"]/, "\\\\&", s); return "\"" s "\"" }
+    BEGIN { printf "{\"seconds\": %d, \"stages\": [", total }
+    { printf "%s\n {\"stage\": %s, \"verdict\": %s, \"seconds\": %d, \"reason\": %s}",
+        (NR > 1 ? "," : ""), text($1), text($2), $3, text($4) }
+    END { print "\n]}" }' "$build/verdicts" >"$out/gpu_check.json"
+}
+
+check_everything() {
+  local stage name reserved=0 is_usable=1
+  rm -f "$build/verdicts" "$cpp_tests" # what an earlier version built must not be taken for this one's
+  rm -rf "$site"
+  for stage in "${stages[@]}"; do
+    reserved=$((reserved + $(kept_seconds "$stage")))
+  done
+  for stage in "${stages[@]}"; do
+    name=${stage%%|*}
+    reserved=$((reserved - $(kept_seconds "$stage"))) # for the stages after this one
+    run_stage "$name" $((total_seconds - reserved_seconds - SECONDS - reserved))
+    if [ "$name" = machine ] && ! grep -q $'^machine\tpassed' "$build/verdicts"; then
+      is_usable=0
+      break
+    fi
+  done
+  summarise
+  [ "$is_usable" = 1 ] || return 2
+  ! grep -q $'\tfailed\t' "$build/verdicts"
+}
+
+if [ "${1:-}" = --stage ]; then
+  do_stage "$2"
+  exit
+fi
+is_dry_run=0
+if [ "${1:-}" = --dry-run ]; then
+  is_dry_run=1
+  shift
+fi
+if [ $# -gt 1 ] || [[ ${1:-} == -* ]]; then
+  echo "usage: gpu_check.sh [--dry-run] [OUT]" >&2
+  exit 2
+fi
+out=$(readlink -m "${1:-benchmarks/results}")
+if [ "$is_dry_run" = 1 ]; then
+  printf 'at most %d s, %d s of them reserved; results go to %s\n' \
+    "$total_seconds" "$reserved_seconds" "$out"
+  for stage in "${stages[@]}"; do
+    printf '%-12s %4d s  %s\n' "${stage%%|*}" "$(kept_seconds "$stage")" "${stage##*|}"
+  done
+  exit
+fi
+mkdir -p "$out" "$build"
+set +e # the verdicts say what failed; a stage, a process of its own, stops at what fails
+check_everything 2>&1 | tee "$out/gpu_check.log"
+exit "${PIPESTATUS[0]}"
