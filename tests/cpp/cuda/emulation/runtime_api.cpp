@@ -94,14 +94,16 @@ cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_t) {
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return cudaFree(memory); }
 
 cudaError_t cudaMemsetAsync(void* memory, int byte, std::size_t bytes, cudaStream_t) {
-  std::memset(memory, byte, bytes);
+  if (bytes > 0) std::memset(memory, byte, bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* destination, const void* source, std::size_t bytes,
                             cudaMemcpyKind kind, cudaStream_t stream) {
   emulator::queue_copy(kind, kind == cudaMemcpyHostToDevice ? source : destination, bytes, stream,
-                       [=] { std::memcpy(destination, source, bytes); });
+                       [=] {
+                         if (bytes > 0) std::memcpy(destination, source, bytes);
+                       });
   return cudaSuccess;
 }
 
