@@ -63,7 +63,6 @@ class ChunkTable {
   /// The tensor that owns a chunk: the last one that begins at it or before.
   QLORA_HOST_DEVICE constexpr int tensor_of(std::uint32_t chunk) const {
     int tensor = 0;
-#pragma unroll
     for (int step = 256; step > 0; step /= 2) {
       const int next = tensor + step;
       if (next < tensor_count_ && first_chunk_[static_cast<std::size_t>(next)] <= chunk) {
