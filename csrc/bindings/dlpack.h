@@ -1,6 +1,6 @@
-// The part of DLPack 1.3 that reads a tensor: its C exchange API, which a library puts on its tensor
-// type as the capsule `__dlpack_c_exchange_api__` (torch from 2.10 or so on; dmlc/dlpack on GitHub).
-// It is an ABI: the order of the members is theirs.
+// The part of DLPack 1.3 (dmlc/dlpack on GitHub) that reads a tensor: its C exchange API, which a
+// library puts on its tensor type as the capsule `__dlpack_c_exchange_api__` (torch from 2.10 or so
+// on); and the struct that hands one out. It is an ABI: the order of the members is theirs.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,14 @@ struct Tensor {
   std::uint64_t byte_offset;
 };
 static_assert(sizeof(Tensor) == 48);
+
+/// What a capsule that `__dlpack__` returns points to.
+struct ManagedTensor {
+  Tensor tensor;
+  void* manager_ctx;
+  void (*deleter)(ManagedTensor* self);
+};
+constexpr char managed_tensor_name[] = "dltensor";
 
 struct Version {
   std::uint32_t major, minor;

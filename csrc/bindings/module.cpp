@@ -77,4 +77,5 @@ PYBIND11_MODULE(_core, module) {
   qlora::register_linear(module);
   qlora::register_lora(module);
   qlora::register_adamw(module);
+  qlora::register_paged_buffer(module);
 }

@@ -33,5 +33,6 @@ void register_nf4_codec(py::module_& module);
 void register_linear(py::module_& module);
 void register_lora(py::module_& module);
 void register_adamw(py::module_& module);
+void register_paged_buffer(py::module_& module);
 
 }  // namespace qlora

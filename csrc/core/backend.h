@@ -2,10 +2,12 @@
 // been validated.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "core/operations.h"
+#include "core/paged_buffer.h"
 
 namespace qlora {
 
@@ -35,6 +37,8 @@ class Backend {
                           const ExecutionContext& context) const;
   virtual void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
                               const ExecutionContext& context) const;
+  virtual std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
+                                                         const PagedBufferOptions& options) const;
 
  protected:
   [[noreturn]] void refuse(const char* operation) const;

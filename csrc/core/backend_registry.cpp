@@ -60,5 +60,8 @@ void Backend::adamw8bit_step(std::span<const AdamW8bitTensor>, const AdamWStep&,
                              const ExecutionContext&) const {
   refuse("adamw8bit_step");
 }
+std::unique_ptr<PagedBuffer> Backend::make_paged_buffer(Device, const PagedBufferOptions&) const {
+  refuse("make_paged_buffer");
+}
 
 }  // namespace qlora

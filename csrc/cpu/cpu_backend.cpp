@@ -7,6 +7,7 @@
 
 #include "core/backend.h"
 #include "cpu/instruction_sets.h"
+#include "cpu/paged_buffer.h"
 #include "cpu/thread_pool.h"
 #include "cpu/work_split.h"
 
@@ -156,6 +157,11 @@ class CpuBackend final : public Backend {
                                               ceil_divide(end, adamw8bit_block_size));
                    });
     count_steps(tensors);
+  }
+
+  std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
+                                                 const PagedBufferOptions& options) const override {
+    return make_cpu_paged_buffer(device, options);
   }
 
  private:

@@ -15,9 +15,6 @@ namespace {
 // What is beyond it goes round the kernel's loop.
 constexpr std::uint32_t max_thread_blocks = 65535;
 
-// Each brings its own copy of the tables. As many as an SM holds at 64 registers a thread.
-constexpr std::uint32_t adamw8bit_thread_blocks_per_multiprocessor = 4;
-
 FloatKind kind_of(DType dtype) {
   switch (dtype) {
     case DType::float32: return FloatKind::float32;
@@ -142,8 +139,8 @@ void launch_adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamW
                            cudaStream_t stream) {
   const char* const operation = "adamw8bit_step";
   const DeviceTraits& device = device_traits(tensors.front().param.device.index, operation);
-  const std::uint32_t resident = adamw8bit_thread_blocks_per_multiprocessor *
-                                 static_cast<std::uint32_t>(device.multiprocessor_count);
+  const auto resident = static_cast<std::uint32_t>(adamw8bit_thread_blocks_per_multiprocessor *
+                                                   device.multiprocessor_count);
   launch_batches(tensors, step, operation, stream, [&](const AdamWArguments& arguments) {
     launch(
         operation, adamw8bit_kernel,

@@ -8,19 +8,29 @@
 //   a thread block owns a chunk of 4096 elements (adamw_chunks.h), a thread 4 quads of it
 //   28 bytes an element in fp32, 22 with a 16-bit parameter and gradient; no shared memory
 //
-// A thread has two quads on their way, 64 bytes at least: half of an SM's threads hide the latency of
-// HBM with them. The two divisions and the root are IEEE's, some 30 of the 70 instructions an
-// element, where memory leaves an H200 room for 140.
+// A thread has a quad on its way, 48 to 64 bytes: 48 KB or more for the 1024 threads of an SM, where
+// HBM's latency wants some 30. The two divisions and the root, which are IEEE's, are half of the 60
+// instructions that an element takes; at HBM's speed an H200 has room for 150.
 #pragma once
 
+#include "cuda/adamw_rule.cuh"
 #include "cuda/quad.cuh"
 
 namespace qlora::cuda {
 
-inline constexpr int quads_in_flight = 2;
-static_assert(quads_per_thread % quads_in_flight == 0);
+// 64 registers a thread.
+inline constexpr int adamw_thread_blocks_per_multiprocessor = 4;
 
 inline constexpr int rule_threads = 64;
+
+/// How many of at most `limit` elements a tensor of `count` has from `begin` on.
+__device__ inline int elements_left(std::int64_t count, std::int64_t begin, int limit) {
+  return static_cast<int>(count - begin < limit ? count - begin : limit);
+}
+
+__device__ inline QuadPlace place_of(int first, int count, bool is_whole, bool is_aligned) {
+  return {first, count, is_whole || (is_aligned && first + elements_per_quad <= count)};
+}
 
 __device__ inline bool is_skipped(const float* found_inf) {
   return found_inf != nullptr && *found_inf != 0.0f;
@@ -45,58 +55,51 @@ static __global__ void __launch_bounds__(rule_threads)
   a.rules[tensor] = AdamWRule(numbers, a.grad_scale != nullptr ? *a.grad_scale : 1.0f);
 }
 
+__device__ inline AdamWDeviceRule rule_of(const AdamWArguments& a, int tensor) {
+  if (a.rules != nullptr) return AdamWDeviceRule(a.rules[tensor]);
+  return AdamWDeviceRule(a.rule);
+}
+
 /// `is_whole`: the chunk is not short, and its tensor is aligned.
 template <bool is_whole>
-__device__ void step_chunk(const AdamWRule& rule, const AdamWEntry& tensor, std::int64_t begin,
-                           int thread) {
-#pragma unroll 1
-  for (int step = 0; step < quads_per_thread; step += quads_in_flight) {
-    std::int64_t first[quads_in_flight];
-    bool is_vector[quads_in_flight];
-    RawQuad param[quads_in_flight], grad[quads_in_flight];
-    RawQuad exp_avg[quads_in_flight], exp_avg_sq[quads_in_flight];
+__device__ void step_chunk(const AdamWDeviceRule& rule, const AdamWEntry& tensor,
+                           std::int64_t begin, int thread) {
+  void* const params = element_address(tensor.param_kind, tensor.param, begin);
+  const void* const grads = element_address(tensor.grad_kind, tensor.grad, begin);
+  void* const exp_avgs = element_address(FloatKind::float32, tensor.exp_avg, begin);
+  void* const exp_avg_sqs = element_address(FloatKind::float32, tensor.exp_avg_sq, begin);
+  const int count =
+      is_whole ? elements_per_chunk : elements_left(tensor.count, begin, elements_per_chunk);
+#pragma unroll 1  // unrolled it takes more registers, and fewer threads fit
+  for (int step = 0; step < quads_per_thread; ++step) {
+    const QuadPlace at = place_of(quad_of_thread(step, thread), count, is_whole, tensor.is_aligned);
+    const RawQuad param = load_quad(tensor.param_kind, params, at);
+    const RawQuad grad = load_quad(tensor.grad_kind, grads, at);
+    const RawQuad exp_avg = load_quad(FloatKind::float32, exp_avgs, at);
+    const RawQuad exp_avg_sq = load_quad(FloatKind::float32, exp_avg_sqs, at);
+    Quad p = widen(tensor.param_kind, param);
+    const Quad g = widen(tensor.grad_kind, grad);
+    Quad m = widen(FloatKind::float32, exp_avg);
+    Quad v = widen(FloatKind::float32, exp_avg_sq);
 #pragma unroll
-    for (int q = 0; q < quads_in_flight; ++q) {
-      first[q] = begin + quad_of_thread(step + q, thread);
-      is_vector[q] =
-          is_whole || (tensor.is_aligned && first[q] + elements_per_quad <= tensor.count);
-      const auto load = [&](FloatKind kind, const void* from) {
-        return load_quad(kind, from, first[q], tensor.count, is_vector[q]);
-      };
-      param[q] = load(tensor.param_kind, tensor.param);
-      grad[q] = load(tensor.grad_kind, tensor.grad);
-      exp_avg[q] = load(FloatKind::float32, tensor.exp_avg);
-      exp_avg_sq[q] = load(FloatKind::float32, tensor.exp_avg_sq);
+    for (int i = 0; i < elements_per_quad; ++i) {
+      rule(p.values[i], g.values[i], m.values[i], v.values[i]);
     }
-#pragma unroll
-    for (int q = 0; q < quads_in_flight; ++q) {
-      Quad p = widen(tensor.param_kind, param[q]);
-      const Quad g = widen(tensor.grad_kind, grad[q]);
-      Quad m = widen(FloatKind::float32, exp_avg[q]);
-      Quad v = widen(FloatKind::float32, exp_avg_sq[q]);
-#pragma unroll
-      for (int i = 0; i < elements_per_quad; ++i) {
-        rule(p.values[i], g.values[i], m.values[i], v.values[i]);
-      }
-      const auto store = [&](FloatKind kind, void* to, const Quad& quad) {
-        store_quad(kind, to, first[q], tensor.count, is_vector[q], quad);
-      };
-      store(tensor.param_kind, tensor.param, p);
-      store(FloatKind::float32, tensor.exp_avg, m);
-      store(FloatKind::float32, tensor.exp_avg_sq, v);
-    }
+    store_quad(tensor.param_kind, params, at, p);
+    store_quad(FloatKind::float32, exp_avgs, at, m);
+    store_quad(FloatKind::float32, exp_avg_sqs, at, v);
   }
 }
 
-static __global__ void __launch_bounds__(adamw_threads)
+static __global__ void __launch_bounds__(adamw_threads, adamw_thread_blocks_per_multiprocessor)
     adamw_kernel(const __grid_constant__ AdamWArguments a) {
   if (is_skipped(a.found_inf)) return;
+  const int thread = static_cast<int>(threadIdx.x);
   for (std::uint32_t chunk = blockIdx.x; chunk < a.chunks.chunk_count(); chunk += gridDim.x) {
     const int index = a.chunks.tensor_of(chunk);
     const AdamWEntry& tensor = a.tensors[index];
-    const AdamWRule rule = a.rules == nullptr ? a.rule : a.rules[index];
+    const AdamWDeviceRule rule = rule_of(a, index);
     const std::int64_t begin = a.chunks.first_element(index, chunk);
-    const int thread = static_cast<int>(threadIdx.x);
     if (tensor.is_aligned && begin + elements_per_chunk <= tensor.count) {
       step_chunk<true>(rule, tensor, begin, thread);
     } else {

@@ -8,8 +8,9 @@
 //   16 bytes an element in fp32, 10 with a 16-bit parameter and gradient
 //   shared: 19 KB of tables, copied once by each thread block: the grid is what the GPU holds at once
 //
-// A code costs one look-up either way (format/dynamic_map_table.h). Lanes look up at random, so that
-// two or three of them meet in a bank; L1 would serve them no faster, and HBM's data evicts it.
+// A code costs one look-up either way (format/dynamic_map_table.h), at random, so that lanes meet in
+// banks. An element takes some 105 instructions; at HBM's speed an H200 has room for 110 where it has
+// 16 bytes, and for 70 where it has 10: there it is instructions that bound the kernel.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +21,9 @@
 #include "format/dynamic_map_table.h"
 
 namespace qlora::cuda {
+
+// 80 registers a thread, and 57 KB of shared memory. With 4 the registers do not suffice.
+inline constexpr int adamw8bit_thread_blocks_per_multiprocessor = 3;
 
 struct alignas(64) AdamW8bitTables {
   SignedDynamicMapTable exp_avg = make_signed_dynamic_map_table();
@@ -98,10 +102,10 @@ __device__ inline void normalize(float absmax, const Quad (&moment)[quads_per_la
   }
 }
 
-/// The largest magnitude of a warp's values, or NaN if there is one among them: magnitudes are
-/// ordered as their bits are, with NaN above Inf. A lane has `count` elements left.
-__device__ inline float absolute_maximum(const Quad (&moment)[quads_per_lane], int lane,
-                                         std::int64_t count) {
+/// The largest magnitude of the `count` elements of a warp's block, or NaN if there is one among them:
+/// magnitudes are ordered as their bits are, with NaN above Inf.
+__device__ inline float absolute_maximum(const Quad (&moment)[quads_per_lane],
+                                         const QuadPlace (&at)[quads_per_lane], bool is_whole) {
   std::uint32_t maximum = 0;
 #pragma unroll
   for (int q = 0; q < quads_per_lane; ++q) {
@@ -109,7 +113,7 @@ __device__ inline float absolute_maximum(const Quad (&moment)[quads_per_lane], i
     for (int i = 0; i < elements_per_quad; ++i) {
       const std::uint32_t magnitude =
           std::bit_cast<std::uint32_t>(moment[q].values[i]) & 0x7fffffffu;
-      if (quad_of_lane(q, lane) + i < count && magnitude > maximum) maximum = magnitude;
+      if ((is_whole || at[q].has(i)) && magnitude > maximum) maximum = magnitude;
     }
   }
   return std::bit_cast<float>(max_of_warp(maximum));
@@ -117,25 +121,26 @@ __device__ inline float absolute_maximum(const Quad (&moment)[quads_per_lane], i
 
 /// One block of a tensor, by a warp. `is_whole`: it is not short, and its tensor is aligned.
 template <bool is_whole>
-__device__ void step_block(const AdamWRule& rule, const AdamWEntry& tensor, std::int64_t block,
-                           int lane, const FirstMomentTable& first_table,
+__device__ void step_block(const AdamWDeviceRule& rule, const AdamWEntry& tensor,
+                           std::int64_t block, int lane, const FirstMomentTable& first_table,
                            const SecondMomentTable& second_table) {
-  auto* const exp_avg = static_cast<std::uint8_t*>(tensor.exp_avg);
-  auto* const exp_avg_sq = static_cast<std::uint8_t*>(tensor.exp_avg_sq);
-  const std::int64_t begin = block * adamw8bit_block_size;
-  const std::int64_t left = is_whole ? adamw8bit_block_size : tensor.count - begin;
-  std::int64_t first[quads_per_lane];
-  bool is_vector[quads_per_lane];
+  constexpr int block_size = static_cast<int>(adamw8bit_block_size);
+  const std::int64_t begin = block * block_size;
+  void* const params = element_address(tensor.param_kind, tensor.param, begin);
+  const void* const grads = element_address(tensor.grad_kind, tensor.grad, begin);
+  auto* const exp_avgs = static_cast<std::uint8_t*>(tensor.exp_avg) + begin;
+  auto* const exp_avg_sqs = static_cast<std::uint8_t*>(tensor.exp_avg_sq) + begin;
+  const int count = is_whole ? block_size : elements_left(tensor.count, begin, block_size);
+  QuadPlace at[quads_per_lane];
   RawQuad param[quads_per_lane], grad[quads_per_lane];
   std::uint32_t codes[quads_per_lane], codes_sq[quads_per_lane];
 #pragma unroll
   for (int q = 0; q < quads_per_lane; ++q) {
-    first[q] = begin + quad_of_lane(q, lane);
-    is_vector[q] = is_whole || (tensor.is_aligned && first[q] + elements_per_quad <= tensor.count);
-    param[q] = load_quad(tensor.param_kind, tensor.param, first[q], tensor.count, is_vector[q]);
-    grad[q] = load_quad(tensor.grad_kind, tensor.grad, first[q], tensor.count, is_vector[q]);
-    codes[q] = load_codes(exp_avg, first[q], tensor.count, is_vector[q]);
-    codes_sq[q] = load_codes(exp_avg_sq, first[q], tensor.count, is_vector[q]);
+    at[q] = place_of(quad_of_lane(q, lane), count, is_whole, tensor.is_aligned);
+    param[q] = load_quad(tensor.param_kind, params, at[q]);
+    grad[q] = load_quad(tensor.grad_kind, grads, at[q]);
+    codes[q] = load_codes(exp_avgs, at[q]);
+    codes_sq[q] = load_codes(exp_avg_sqs, at[q]);
   }
   const float old_absmax = tensor.exp_avg_absmax[block];
   const float old_absmax_sq = tensor.exp_avg_sq_absmax[block];
@@ -151,11 +156,11 @@ __device__ void step_block(const AdamWRule& rule, const AdamWEntry& tensor, std:
       v[q].values[i] = second_table.decode(codes_sq[q] >> (8 * i) & 0xff) * old_absmax_sq;
       rule(p.values[i], g.values[i], m[q].values[i], v[q].values[i]);
     }
-    store_quad(tensor.param_kind, tensor.param, first[q], tensor.count, is_vector[q], p);
+    store_quad(tensor.param_kind, params, at[q], p);
   }
 
-  const float absmax = absolute_maximum(m, lane, left);
-  const float absmax_sq = absolute_maximum(v, lane, left);
+  const float absmax = absolute_maximum(m, at, is_whole);
+  const float absmax_sq = absolute_maximum(v, at, is_whole);
   Quad m_unit[quads_per_lane], v_unit[quads_per_lane];
   normalize(absmax, m, m_unit);
   normalize(absmax_sq, v, v_unit);
@@ -167,8 +172,8 @@ __device__ void step_block(const AdamWRule& rule, const AdamWEntry& tensor, std:
       word |= encode_first_moment(first_table, m_unit[q].values[i]) << (8 * i);
       word_sq |= encode_second_moment(second_table, v[q].values[i], v_unit[q].values[i]) << (8 * i);
     }
-    store_codes(exp_avg, first[q], tensor.count, is_vector[q], word);
-    store_codes(exp_avg_sq, first[q], tensor.count, is_vector[q], word_sq);
+    store_codes(exp_avgs, at[q], word);
+    store_codes(exp_avg_sqs, at[q], word_sq);
   }
   if (lane == 0) {
     tensor.exp_avg_absmax[block] = absmax;
@@ -176,14 +181,18 @@ __device__ void step_block(const AdamWRule& rule, const AdamWEntry& tensor, std:
   }
 }
 
-static __global__ void __launch_bounds__(adamw_threads)
+static __global__ void __launch_bounds__(adamw_threads, adamw8bit_thread_blocks_per_multiprocessor)
     adamw8bit_kernel(const __grid_constant__ AdamWArguments a) {
   if (is_skipped(a.found_inf)) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % lanes_per_warp, warp = thread / lanes_per_warp;
   const Shared<Bytes16> tables = dynamic_shared_memory<Bytes16>();
-  for (int i = thread; i < adamw8bit_shared_bytes / 16; i += adamw_threads) {
-    tables.store(i, load_16_bytes(reinterpret_cast<const Bytes16*>(&device_adamw8bit_tables) + i));
+  constexpr int table_accesses = adamw8bit_shared_bytes / 16;
+#pragma unroll
+  for (int first = 0; first < table_accesses; first += adamw_threads) {
+    const auto* const source = reinterpret_cast<const Bytes16*>(&device_adamw8bit_tables);
+    const int i = first + thread;
+    if (i < table_accesses) tables.store(i, load_16_bytes(source + i));
   }
   __syncthreads();
   const Shared<unsigned char> bytes = tables.as<unsigned char>();
@@ -194,7 +203,7 @@ static __global__ void __launch_bounds__(adamw_threads)
   for (std::uint32_t chunk = blockIdx.x; chunk < a.chunks.chunk_count(); chunk += gridDim.x) {
     const int index = a.chunks.tensor_of(chunk);
     const AdamWEntry& tensor = a.tensors[index];
-    const AdamWRule rule = a.rules == nullptr ? a.rule : a.rules[index];
+    const AdamWDeviceRule rule = rule_of(a, index);
     const std::int64_t first_block = a.chunks.first_element(index, chunk) / adamw8bit_block_size;
     const std::int64_t whole_blocks = tensor.is_aligned ? tensor.count / adamw8bit_block_size : 0;
     const std::int64_t blocks = ceil_divide(tensor.count, adamw8bit_block_size);

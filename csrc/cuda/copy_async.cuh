@@ -10,14 +10,15 @@
 namespace qlora::cuda {
 
 /// Copies 16 bytes past L1, or writes 16 zero bytes (and reads nothing) unless `is_inside`. Both
-/// addresses are aligned to 16 bytes.
+/// addresses are aligned to 16 bytes. L2 is asked for the whole line of 128 bytes, of which the next
+/// copies are likely to want the rest.
 template <typename T>
 __device__ void copy_async_16(Shared<T> to, const void* from, bool is_inside = true) {
 #if defined(QLORA_CUDA_EMULATION)
   emulator::copy_async(to.pointer(), from, 16, is_inside);
 #elif defined(__CUDA_ARCH__)
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to.pointer()));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
                "r"(is_inside ? 16 : 0)
                : "memory");
 #endif

@@ -6,6 +6,7 @@
 #include "cuda/lora.h"
 #include "cuda/nf4_codec.h"
 #include "cuda/nf4_matmul_dispatch.h"
+#include "cuda/paged_buffer.h"
 #include "cuda/runtime.h"
 
 namespace qlora {
@@ -113,6 +114,11 @@ class CudaBackend final : public Backend {
     const DeviceGuard guard(tensors.front().param.device, "adamw8bit_step");
     cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
   }
+
+  std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
+                                                 const PagedBufferOptions& options) const override {
+    return cuda::make_cuda_paged_buffer(device, options);
+  }
 };
 
 }  // namespace
@@ -127,8 +133,7 @@ CudaInfo cuda_info() {
 }
 
 std::string cuda_nf4_matmul_strategy(const NF4MatmulShape& shape, int index) {
-  const char* const operation = shape.is_grad_input ? "nf4_linear_grad_input" : "nf4_linear";
-  return name_of(cuda::advise_nf4_matmul(shape, cuda::device_traits(index, operation)));
+  return name_of(cuda::advise_nf4_matmul(shape, cuda::device_traits(index, "nf4_matmul_strategy")));
 }
 
 }  // namespace qlora

@@ -28,28 +28,24 @@ struct LoRAGradientsArguments {
   unsigned first_thread_blocks;  // of gradients[0]; the rest are of gradients[1]
 };
 
-/// Ranks `first_rank` and up of 64 tokens of `narrow`, zeros for what is outside of it.
+/// Ranks `first_rank` and up of 64 tokens of `narrow`, zeros for what is outside of it: for rows
+/// that are no whole chunks.
 template <typename T>
-__device__ void copy_narrow_tile(const LoRATile<T, 8>& tile, const LoRAGradient<T>& a,
-                                 std::int64_t first_token, std::int64_t first_rank,
-                                 int rank_pairs) {
-#pragma unroll
-  for (int i = 0; i < lora_step * 8 / lora_threads; ++i) {
-    const int own = i * lora_threads + static_cast<int>(threadIdx.x);
-    const int row = own / 8, chunk = own % 8;
-    if (chunk >= 2 * rank_pairs) continue;
+__device__ void store_narrow_tile(const LoRATile<T, 8>& tile, const LoRAGradient<T>& a,
+                                  std::int64_t first_token, std::int64_t first_rank, int chunks) {
+  const int chunk = static_cast<int>(threadIdx.x) % 8;
+  if (chunk >= chunks) return;
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) / 8; row < lora_step; row += lora_threads / 8) {
     const std::int64_t token = first_token + row;
     const std::int64_t rank = first_rank + lora_elements_per_chunk * chunk;
-    const std::int64_t count = token < a.tokens ? a.sums.ranks - rank : 0;
-    const T* const from = count > 0 ? a.narrow + token * a.sums.ranks + rank : a.narrow;
-    if (a.has_narrow_chunks) {
-      copy_async_16(tile.chunk(row, chunk), from, count > 0);
-      continue;
-    }
     Bytes16 values{};
 #pragma unroll
-    for (int j = 0; j < lora_elements_per_chunk; ++j) {
-      if (j < count) values.words[j / 2] |= std::uint32_t{from[j].bits} << 16 * (j % 2);
+    for (int i = 0; i < lora_elements_per_chunk; ++i) {
+      if (token < a.tokens && rank + i < a.sums.ranks) {
+        const std::uint32_t bits = a.narrow[token * a.sums.ranks + rank + i].bits;
+        values.words[i / 2] |= bits << 16 * (i % 2);
+      }
     }
     tile.chunk(row, chunk).template as<Bytes16>().store(0, values);
   }
@@ -80,7 +76,7 @@ __global__ void __launch_bounds__(lora_threads, 2)
       static_cast<int>(std::min<std::int64_t>(a.sums.ranks - first_rank, lora_ranks_per_tile));
   const int rank_pairs = (rank_count + 15) / 16;
   const std::int64_t first_step = part * a.steps_per_part;
-  const std::int64_t steps = std::min(a.steps - first_step, a.steps_per_part);
+  const int steps = static_cast<int>(std::min(a.steps - first_step, a.steps_per_part));
 
   const auto wide_tile = [](int stage) {
     return LoRATile<T, 16>(dynamic_shared_memory<T>(stage * lora_tile_bytes));
@@ -89,14 +85,23 @@ __global__ void __launch_bounds__(lora_threads, 2)
     return LoRATile<T, 8>(
         dynamic_shared_memory<T>(lora_stages * lora_tile_bytes + stage * lora_rank_tile_bytes));
   };
-  const auto copy_step = [&](std::int64_t step) {
+  const std::int64_t first_token = first_step * lora_step;
+  LoRATileCopy<T, lora_step, 16> wide_copies(a.wide, a.tokens, a.columns, first_token,
+                                             first_column);
+  LoRATileCopy<T, lora_step, 8> narrow_copies(a.narrow, a.tokens, a.sums.ranks, first_token,
+                                              first_rank);
+  const auto copy_step = [&](int step) {
     if (step < steps) {
-      const int stage = static_cast<int>(step % lora_stages);
-      const std::int64_t first_token = (first_step + step) * lora_step;
-      copy_tile<lora_step>(wide_tile(stage), a.wide, a.tokens, a.columns, first_token,
-                           first_column);
-      copy_narrow_tile(narrow_tile(stage), a, first_token, first_rank, rank_pairs);
+      wide_copies.copy(wide_tile(step % lora_stages));
+      if (a.has_narrow_chunks) {
+        narrow_copies.copy(narrow_tile(step % lora_stages), 2 * rank_pairs);
+      } else {
+        store_narrow_tile(narrow_tile(step % lora_stages), a, first_token + step * lora_step,
+                          first_rank, 2 * rank_pairs);
+      }
     }
+    wide_copies.move_down();
+    narrow_copies.move_down();
     commit_copies();
   };
 
@@ -105,11 +110,11 @@ __global__ void __launch_bounds__(lora_threads, 2)
 
   LoRAAccumulator sums;
 #pragma unroll 1
-  for (std::int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     wait_for_copies<lora_stages - 2>();
     __syncthreads();  // both tiles are there, and all warps are done with the step before
     copy_step(step + lora_stages - 1);
-    const int stage = static_cast<int>(step % lora_stages);
+    const int stage = step % lora_stages;
     const LoRATile<T, 16> wide = wide_tile(stage);
     const LoRATile<T, 8> narrow = narrow_tile(stage);
 #pragma unroll

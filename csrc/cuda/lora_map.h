@@ -12,7 +12,6 @@
 namespace qlora::cuda {
 
 inline constexpr int lora_threads = 256;
-inline constexpr int lora_warps = 8;
 inline constexpr int lora_elements_per_chunk = 8;
 inline constexpr int lora_step = 64;
 inline constexpr int lora_tile = 128;
@@ -22,7 +21,7 @@ inline constexpr int lora_tile = 128;
 inline constexpr int lora_ranks_per_tile = 64;
 
 // Tiles of the wide matrix in shared memory, so that two are on their way while one is multiplied:
-// 32 KB a thread block, of which an H200 holds three on an SM. (Its HBM wants 26 KB an SM.)
+// 32 KB a thread block, of which an SM of an H200 holds two. (Its memory wants 26 KB an SM.)
 inline constexpr int lora_stages = 3;
 
 inline constexpr int lora_tile_bytes = lora_tile * lora_step * 2;

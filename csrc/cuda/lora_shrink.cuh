@@ -109,11 +109,10 @@ __global__ void __launch_bounds__(lora_threads, 2)
         dynamic_shared_memory<T>(lora_stages * lora_tile_bytes + buffer * lora_rank_tile_bytes));
   };
   const auto first_column = [&](int step) { return (first_step + step) * lora_step; };
+  LoRATileCopy<T, lora_tile, 8> copies(a.wide, a.rows, a.columns, first_row, first_column(0));
   const auto copy_step = [&](int step) {
-    if (step < steps) {
-      copy_tile<lora_tile>(wide_tile(step % lora_stages), a.wide, a.rows, a.columns, first_row,
-                           first_column(step));
-    }
+    if (step < steps) copies.copy(wide_tile(step % lora_stages));
+    copies.move_right();
     commit_copies();
   };
 

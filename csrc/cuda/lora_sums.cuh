@@ -64,10 +64,6 @@ struct LoRAAddPartsArguments {
   std::int64_t items;        // an item is 4 ranks of a row
 };
 
-constexpr std::int64_t lora_items(const LoRASums& sums) {
-  return sums.rows * (sums.padded_ranks / 4);
-}
-
 inline constexpr int lora_add_parts_threads = 256;
 
 /// out = round(scale * (part 0 + part 1 + ...)), in this order.

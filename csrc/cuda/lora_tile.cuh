@@ -42,23 +42,49 @@ class LoRATile {
   Shared<T> memory_;
 };
 
-/// Copies `rows` rows of a tile from a matrix [row_count, column_count] of whole chunks, by all
-/// threads of the thread block; what is outside of the matrix becomes zeros.
-template <int rows, typename T, int chunks_per_row>
-__device__ void copy_tile(const LoRATile<T, chunks_per_row>& tile, const T* matrix,
-                          std::int64_t row_count, std::int64_t column_count, std::int64_t row,
-                          std::int64_t column) {
+/// What a thread copies of the tiles of a matrix [row_count, column_count] of whole chunks: in each
+/// the same chunk of every few rows. What is outside of the matrix becomes zeros.
+template <typename T, int rows, int chunks_per_row>
+class LoRATileCopy {
+ public:
+  /// From the tile that begins at `row` and `column` on.
+  __device__ LoRATileCopy(const T* matrix, std::int64_t row_count, std::int64_t column_count,
+                          std::int64_t row, std::int64_t column)
+      : row_stride_(column_count),
+        rows_left_(row_count - row - own_row()),
+        columns_left_(column_count - column - lora_elements_per_chunk * own_chunk()),
+        from_(matrix + (row_count - rows_left_) * column_count + (column_count - columns_left_)) {}
+
+  /// Starts the copies of a tile, or of its first `chunks` columns of chunks.
+  __device__ void copy(const LoRATile<T, chunks_per_row>& tile, int chunks = chunks_per_row) const {
+    if (own_chunk() >= chunks) return;
 #pragma unroll
-  for (int i = 0; i < rows * chunks_per_row / lora_threads; ++i) {
-    const int own = i * lora_threads + static_cast<int>(threadIdx.x);
-    const int tile_row = own / chunks_per_row, chunk = own % chunks_per_row;
-    const std::int64_t from_row = row + tile_row;
-    const std::int64_t from_column = column + lora_elements_per_chunk * chunk;
-    const bool is_inside = from_row < row_count && from_column < column_count;
-    const T* const from = is_inside ? matrix + from_row * column_count + from_column : matrix;
-    copy_async_16(tile.chunk(tile_row, chunk), from, is_inside);
+    for (int row = 0; row < rows; row += rows_at_a_time) {
+      // Nothing is read at an address outside.
+      copy_async_16(tile.chunk(own_row() + row, own_chunk()), from_ + row * row_stride_,
+                    row < rows_left_ && columns_left_ > 0);
+    }
   }
-}
+
+  /// The next tile begins a step to the right, or a step down.
+  __device__ void move_right() {
+    from_ += lora_step;
+    columns_left_ -= lora_step;
+  }
+  __device__ void move_down() {
+    from_ += lora_step * row_stride_;
+    rows_left_ -= lora_step;
+  }
+
+ private:
+  static constexpr int rows_at_a_time = lora_threads / chunks_per_row;
+  static_assert(rows % rows_at_a_time == 0);
+  __device__ static int own_row() { return static_cast<int>(threadIdx.x) / chunks_per_row; }
+  __device__ static int own_chunk() { return static_cast<int>(threadIdx.x) % chunks_per_row; }
+
+  std::int64_t row_stride_, rows_left_, columns_left_;
+  const T* from_;
+};
 
 /// The sums that a warp holds: 16 rows, and 8 ranks for each `ranks[j]`, as mma lays them out.
 struct LoRAAccumulator {

@@ -89,4 +89,32 @@ class ScaleReader {
   float offset_;
 };
 
+/// ScaleReader for a kernel that learns when it runs whether the scales are nested.
+class AnyScaleReader {
+ public:
+  using Stored = ScaleReader<true>::Stored;
+
+  __device__ explicit AnyScaleReader(const NF4Scales& scales)
+      : scales_(scales), offset_(is_nested() ? *scales.nested_offset : 0.0f) {}
+
+  /// `Block` is an integer type that the number of blocks fits.
+  template <typename Block>
+  __device__ Stored load(Block block) const {
+    if (!is_nested()) return {0, reinterpret_cast<const float*>(scales_.absmax)[block]};
+    return {scales_.absmax[block],
+            scales_.nested_absmax[block >> nf4_blocks_per_nested_block_log2]};
+  }
+
+  __device__ float decode(Stored stored) const {
+    if (!is_nested()) return stored.absmax;
+    return multiply_then_add(device_signed_map.values[stored.q], stored.absmax, offset_);
+  }
+
+ private:
+  __device__ bool is_nested() const { return scales_.nested_offset != nullptr; }
+
+  NF4Scales scales_;
+  float offset_;
+};
+
 }  // namespace qlora::cuda

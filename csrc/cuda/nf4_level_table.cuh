@@ -1,5 +1,4 @@
-// Levels from shared memory, and scales of either kind, for kernels that decode many weights a
-// thread.
+// Levels from shared memory, for kernels that decode many weights a thread.
 #pragma once
 
 #include "cuda/nf4_decode.cuh"
@@ -39,35 +38,6 @@ class NF4LevelTable {
  private:
   Shared<unsigned char> table_;
   std::uint32_t lane_;
-};
-
-/// ScaleReader for a kernel that learns when it runs whether the scales are nested.
-class AnyScaleReader {
- public:
-  struct Stored {
-    std::uint32_t q;
-    float absmax;  // nested: of the 256 blocks
-  };
-
-  __device__ explicit AnyScaleReader(const NF4Scales& scales)
-      : scales_(scales), offset_(is_nested() ? *scales.nested_offset : 0.0f) {}
-
-  __device__ Stored load(std::int64_t block) const {
-    if (!is_nested()) return {0, reinterpret_cast<const float*>(scales_.absmax)[block]};
-    return {scales_.absmax[block],
-            scales_.nested_absmax[block >> nf4_blocks_per_nested_block_log2]};
-  }
-
-  __device__ float decode(Stored stored) const {
-    if (!is_nested()) return stored.absmax;
-    return multiply_then_add(device_signed_map.values[stored.q], stored.absmax, offset_);
-  }
-
- private:
-  __device__ bool is_nested() const { return scales_.nested_offset != nullptr; }
-
-  NF4Scales scales_;
-  float offset_;
 };
 
 }  // namespace qlora::cuda

@@ -10,6 +10,11 @@ enum class Direction {
   grad_input,  // dx[m,k] = dy[m,n] · W
 };
 
+/// The operation that messages name.
+constexpr const char* operation_of(Direction direction) {
+  return direction == Direction::forward ? "nf4_linear" : "nf4_linear_grad_input";
+}
+
 /// Validated arguments (core/operations.cpp). forward: input is x, output is y; grad_input: input is
 /// dy, output is dx, and there is no bias.
 struct NF4Matmul {

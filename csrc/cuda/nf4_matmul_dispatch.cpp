@@ -13,7 +13,6 @@ NF4MatmulProblem problem_of(const NF4Matmul& matmul, const DeviceTraits& device)
           .m = matmul.m(),
           .n = matmul.weight.n,
           .k = matmul.weight.k,
-          .dtype = matmul.input.dtype,
           .is_taken_by_few_tokens = nf4_matmul_few_tokens_supports(matmul),
           .is_taken_by_tiles = nf4_matmul_tiles_supports(matmul, device)};
 }
@@ -23,7 +22,8 @@ NF4MatmulProblem problem_of(const NF4Matmul& matmul, const DeviceTraits& device)
 void run_nf4_matmul(const NF4Matmul& matmul, cudaStream_t stream) {
   if (matmul.m() == 0 || matmul.columns() == 0) return;
   if (matmul.reduced() == 0) return launch_nf4_matmul_plain(matmul, stream);  // bias or zeros
-  const DeviceTraits device = device_traits(matmul.input.device.index, "nf4_linear");
+  const char* const operation = operation_of(matmul.direction);
+  const DeviceTraits& device = device_traits(matmul.input.device.index, operation);
   const NF4MatmulPlan plan = plan_nf4_matmul(problem_of(matmul, device), device);
   switch (plan.native) {
     case Strategy::plain: return launch_nf4_matmul_plain(matmul, stream);
@@ -31,10 +31,11 @@ void run_nf4_matmul(const NF4Matmul& matmul, cudaStream_t stream) {
     case Strategy::tiles: return launch_nf4_matmul_tiles(matmul, device, stream);
     case Strategy::workspace: break;
   }
-  throw Unsupported(message("nf4_linear: no kernel for the strategy ", name_of(plan.native)));
+  throw Unsupported(message(operation, ": no kernel for the strategy ", name_of(plan.native)));
 }
 
 Strategy advise_nf4_matmul(const NF4MatmulShape& shape, const DeviceTraits& device) {
+  if (shape.m == 0 || shape.n == 0 || shape.k == 0) return Strategy::plain;
   const auto tensor = [&](std::int64_t columns) {
     TensorView view;  // at address 0, which is aligned to anything
     view.dtype = shape.dtype;

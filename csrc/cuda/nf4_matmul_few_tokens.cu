@@ -4,12 +4,11 @@
 #include <optional>
 
 #include "cuda/launch.cuh"
-#include "cuda/nf4_matmul_few_tokens.cuh"
+#include "cuda/nf4_matmul_few_tokens_forward.cuh"
+#include "cuda/nf4_matmul_few_tokens_grad_input.cuh"
 
 namespace qlora::cuda {
 namespace {
-
-constexpr const char* name = "NF4 product, few tokens";
 
 bool is_aligned(const void* address, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
@@ -32,11 +31,17 @@ Kernel<T> choose_kernel(Direction direction, int token_tiles) {
       return is_forward ? nf4_few_tokens_forward_kernel<T, 4>
                         : nf4_few_tokens_grad_input_kernel<T, 4>;
   }
-  throw InvalidArgument(message(name, ": no kernel for ", token_tiles, " tiles of tokens"));
+  throw InvalidArgument(
+      message(operation_of(direction), ": no kernel for ", token_tiles, " tiles of tokens"));
 }
 
 template <typename T>
 void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaStream_t stream) {
+  const bool is_forward = matmul.direction == Direction::forward;
+  const char* const name =
+      is_forward ? "nf4_linear, few tokens" : "nf4_linear_grad_input, few tokens";
+  check(matmul.m() <= plan.token_tiles * tokens_per_mma, name, ": there are ", matmul.m(),
+        " tokens, the plan has tiles for ", plan.token_tiles * tokens_per_mma);
   const NF4Weight& weight = matmul.weight;
   const std::int64_t count = matmul.m() * matmul.columns();
   std::optional<StreamBuffer> partials;
@@ -44,6 +49,7 @@ void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaS
     partials.emplace(static_cast<std::size_t>(plan.split * count) * sizeof(float), stream, name);
   }
   const T* const bias = matmul.bias.is_present ? matmul.bias.as<const T>() : nullptr;
+  const int shared = columns_per_scale(matmul.direction, plan.token_tiles);
   const NF4FewTokensArguments<T> arguments{
       .input = matmul.input.as<const T>(),
       .codes = weight.codes.as<const std::uint8_t>(),
@@ -55,14 +61,17 @@ void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaS
       .n = static_cast<int>(weight.n),
       .k = static_cast<int>(weight.k),
       .split = plan.split,
-      .block_size_log2 = std::countr_zero(static_cast<std::uint64_t>(weight.block_size)),
+      .chunks_per_block_log2 =
+          std::countr_zero(static_cast<std::uint64_t>(weight.block_size)) - chunk_log2,
+      .shares_scales = weight.block_size % shared == 0 && weight.k % shared == 0,
       .is_input_aligned = matmul.reduced() % grad_rows_per_lane == 0};
   launch(name, choose_kernel<T>(matmul.direction, plan.token_tiles),
          {static_cast<unsigned>(plan.thread_blocks), few_tokens_threads, plan.shared_bytes}, stream,
          arguments);
   if (!partials) return;
   constexpr std::int64_t max_sum_blocks = 1024;  // some waves of any GPU; the rest goes round
-  launch("NF4 product, few tokens: sum", nf4_few_tokens_sum_kernel<T>,
+  launch(is_forward ? "nf4_linear, few tokens' sum" : "nf4_linear_grad_input, few tokens' sum",
+         nf4_few_tokens_sum_kernel<T>,
          {static_cast<unsigned>(std::min(ceil_divide(count, few_tokens_threads), max_sum_blocks)),
           few_tokens_threads},
          stream, arguments.partials, bias, arguments.output, count,
@@ -72,8 +81,8 @@ void launch_few_tokens(const NF4Matmul& matmul, const FewTokensPlan& plan, cudaS
 }  // namespace
 
 bool nf4_matmul_few_tokens_supports(const NF4Matmul& matmul) {
-  constexpr std::int64_t max_elements = std::int64_t{1} << 36;  // 32-bit numbers of blocks
-  constexpr std::int64_t max_size = std::int64_t{1} << 30;      // 32-bit rows and columns
+  constexpr std::int64_t max_elements = std::int64_t{1} << 36;  // 32-bit numbers of chunks
+  constexpr std::int64_t max_size = std::int64_t{1} << 26;      // 32 of these in 32 bits
   const NF4Weight& weight = matmul.weight;
   return matmul.input.dtype != DType::float32 && weight.k % forward_columns_per_lane == 0 &&
          weight.k <= max_size && weight.n <= max_size &&

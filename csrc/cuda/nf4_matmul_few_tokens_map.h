@@ -13,10 +13,10 @@
 //
 //                Step s of 8 takes its columns 4 s to 4 s + 3: terms 2 pair, +1, 2 pair + 8, +9.
 //
-//   grad_input   rows are columns of W, terms are its rows. A lane loads 16 / token_tiles bytes of
-//                rows 4 pair to 4 pair + 3, which are terms 2 pair, +1, 2 pair + 8, +9; group g has
-//                the columns next to those of g - 1. Step s takes byte s of each: its even column is
-//                row `group`, its odd one row `group + 8`.
+//   grad_input   rows are columns of W, terms are its rows. A lane loads 8 (or 4) bytes of rows
+//                4 pair to 4 pair + 3, which are terms 2 pair, +1, 2 pair + 8, +9; group g has the
+//                columns next to those of g - 1. Step s takes byte s of each: its even column is row
+//                `group`, its odd one row `group + 8`.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ inline constexpr int tokens_per_mma = 8;
 inline constexpr int rows_per_mma = 16;
 inline constexpr int terms_per_mma = 16;
 
-// The sums of 4 tiles of tokens fill 32 (forward) or 64 (grad_input) registers.
+// The sums of 4 tiles of tokens fill 32 (forward) or 64 (grad_input) of a lane's registers.
 inline constexpr int max_token_tiles = 4;
 inline constexpr std::int64_t nf4_max_few_tokens = max_token_tiles * tokens_per_mma;
 
@@ -61,6 +61,11 @@ QLORA_HOST_DEVICE constexpr int forward_rows(int token_tiles) {
   return rows_per_mma * forward_fragments(token_tiles);
 }
 
+/// Units whose codes a warp has on their way, so that a multiprocessor has 32 KB or more.
+QLORA_HOST_DEVICE constexpr int forward_stages(int token_tiles) {
+  return 4 / forward_fragments(token_tiles);
+}
+
 /// The first of a lane's columns in a unit.
 QLORA_HOST_DEVICE constexpr int forward_column(int lane) {
   return lane % 4 * forward_columns_per_lane;
@@ -71,7 +76,10 @@ QLORA_HOST_DEVICE constexpr int forward_column(int lane) {
 inline constexpr int grad_rows_per_lane = 4;
 inline constexpr int grad_rows_per_unit = 16;
 
-QLORA_HOST_DEVICE constexpr int grad_bytes_per_lane(int token_tiles) { return 16 / token_tiles; }
+/// Of each row: as many as the registers have sums for, 4 a byte and tile of tokens.
+QLORA_HOST_DEVICE constexpr int grad_bytes_per_lane(int token_tiles) {
+  return token_tiles == 4 ? 4 : 8;
+}
 
 QLORA_HOST_DEVICE constexpr int grad_columns_per_lane(int token_tiles) {
   return 2 * grad_bytes_per_lane(token_tiles);
@@ -79,6 +87,33 @@ QLORA_HOST_DEVICE constexpr int grad_columns_per_lane(int token_tiles) {
 
 QLORA_HOST_DEVICE constexpr int grad_columns(int token_tiles) {
   return 8 * grad_columns_per_lane(token_tiles);
+}
+
+/// As forward_stages, but what the sums leave of the registers is the limit: 64, 32 and 24 KB.
+QLORA_HOST_DEVICE constexpr int grad_stages(int token_tiles) {
+  return token_tiles == 1 ? 4 : token_tiles == 2 ? 2 : 3;
+}
+
+// ---- scales
+//
+// Lanes whose columns are in one block, if blocks and rows are long enough, load one scale each of
+// several rows and exchange them.
+//
+//   forward      the two lanes of 64 columns: pair 2 i has the even ones of their rows
+//   grad_input   the four groups of 4 * grad_columns_per_lane columns: group 4 i + r has row r
+
+/// Columns, from a multiple of this on, that share their scales.
+QLORA_HOST_DEVICE constexpr int columns_per_scale(Direction direction, int token_tiles) {
+  return direction == Direction::forward ? 2 * forward_columns_per_lane
+                                         : 4 * grad_columns_per_lane(token_tiles);
+}
+
+QLORA_HOST_DEVICE constexpr int forward_scale_owner(int lane, int row) {
+  return lane - lane % 2 + row % 2;
+}
+
+QLORA_HOST_DEVICE constexpr int grad_scale_owner(int lane, int row) {
+  return lane - lane % 16 + 4 * row + lane % 4;
 }
 
 // ---- both
@@ -97,6 +132,12 @@ constexpr int few_tokens_terms_per_unit(Direction direction) {
 QLORA_HOST_DEVICE constexpr int few_tokens_sums(Direction direction, int token_tiles) {
   return direction == Direction::forward ? 4 * token_tiles * forward_fragments(token_tiles)
                                          : 4 * token_tiles * grad_bytes_per_lane(token_tiles);
+}
+
+/// Thread blocks that a multiprocessor holds at a time: of 65536 registers, 256 threads take 128
+/// each, but for one kernel, which needs some more.
+QLORA_HOST_DEVICE constexpr int few_tokens_resident_blocks(Direction direction, int token_tiles) {
+  return direction == Direction::forward && token_tiles == 4 ? 1 : 2;
 }
 
 /// Half the warps leave their sums in shared memory at a time, where the table of levels was.

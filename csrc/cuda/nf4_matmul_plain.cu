@@ -28,7 +28,7 @@ void launch_plain(const NF4Matmul& matmul, cudaStream_t stream) {
       .block_size_log2 = std::countr_zero(static_cast<std::uint64_t>(weight.block_size))};
   const std::int64_t tiles =
       ceil_divide(arguments.columns, plain_columns) * ceil_divide(arguments.m, plain_tokens);
-  launch("NF4 product, plain",
+  launch(is_forward ? "nf4_linear, plain" : "nf4_linear_grad_input, plain",
          weight.is_nested() ? nf4_matmul_plain_kernel<T, true> : nf4_matmul_plain_kernel<T, false>,
          {static_cast<unsigned>(std::min(tiles, max_plain_thread_blocks)), plain_threads,
           plain_shared_bytes},

@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(plain_threads)
         input.store(i, exists ? widen(a.input[token * a.terms + t]) : 0.0f);
       }
       __syncthreads();
+      if (first_token + warp * plain_tokens_per_thread >= a.m) continue;
       const int count =
           a.terms - first_term < plain_terms ? static_cast<int>(a.terms - first_term) : plain_terms;
 #pragma unroll 8

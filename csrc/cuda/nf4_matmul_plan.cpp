@@ -20,14 +20,15 @@ struct Limits {
 
 // Computed from bytes and operations, not measured. The last line that fits a device holds.
 //
-//   plain        4: it decodes a weight once for 16 tokens, with ordinary multiplications. A
-//                workspace costs a write and a read of 2 or 4 bytes a weight, 8 to 16 times the
-//                codes, and two more launches.
-//   few_tokens  32: the kernel's sums fill its registers; beyond 8 tokens the activations, which
-//                every thread block reads, begin to weigh as much as the weight.
-//   tiles      512: decoding and multiplying together stays under the time of dequantising (0.6 ns
-//                a 1000 weights at 4.3 TB/s) plus a dense product up to there where the dense one
-//                has instructions that this kernel does not use (wgmma on 9.0, tcgen05 on 10.0).
+//   plain        4: some 30 instructions a weight for each 16 tokens, 40 to 60 us for 4096 x 4096 on
+//                an H200. A workspace there costs a write and a read of 4 bytes a weight (fp32),
+//                31 us, and two more launches, whatever m.
+//   few_tokens  32: beyond, the sums no longer fit the registers. From 16 on every thread block reads
+//                as many bytes of activations, from L2, as of codes.
+//   tiles      512: dequantising costs 0.58 ps a weight at 4.3 TB/s, and a launch. The dense product
+//                saves, where it has instructions that this kernel does not use (wgmma on 9.0, tcgen05
+//                on 10.0), some 2 fs a weight and token at usual efficiencies: they meet at 300 to
+//                500 tokens.
 //             1024  on 8.x and 12.x, where the dense product has the same mma.
 constexpr Limits limits_of_devices[] = {
     {.min_compute_capability = 80, .plain = 4, .few_tokens = 32, .tiles = 1024},
@@ -42,10 +43,6 @@ const Limits& limits_of(const DeviceTraits& device) {
   }
   return *found;
 }
-
-// Thread blocks of the kernel for few tokens that a multiprocessor holds at a time: its registers
-// are the limit (128 for each of 256 threads, of 65536).
-constexpr std::int64_t resident_few_tokens_blocks = 2;
 
 }  // namespace
 
@@ -70,8 +67,8 @@ FewTokensPlan plan_few_tokens(const NF4MatmulProblem& problem, const DeviceTrait
   // Share each sum among so many thread blocks that all are resident at once and fill the device,
   // but leave each warp two units of work: one to load while it multiplies the other.
   const std::int64_t units = ceil_divide(terms, few_tokens_terms_per_unit(problem.direction));
-  const std::int64_t wanted =
-      resident_few_tokens_blocks * device.multiprocessor_count / column_blocks;
+  const std::int64_t wanted = few_tokens_resident_blocks(problem.direction, plan.token_tiles) *
+                              device.multiprocessor_count / column_blocks;
   plan.split =
       static_cast<int>(std::max<std::int64_t>(1, std::min(wanted, units / (2 * few_tokens_warps))));
   plan.thread_blocks = plan.split * column_blocks;

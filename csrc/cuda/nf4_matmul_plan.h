@@ -22,7 +22,6 @@ const char* name_of(Strategy strategy);
 struct NF4MatmulProblem {
   Direction direction = Direction::forward;
   std::int64_t m = 0, n = 0, k = 0;
-  DType dtype = DType::bfloat16;
   bool is_taken_by_few_tokens = false;  // by its dtype, shape and addresses, whatever m
   bool is_taken_by_tiles = false;
 };

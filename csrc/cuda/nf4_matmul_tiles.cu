@@ -17,10 +17,6 @@ bool is_aligned(const TensorView& tensor, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(tensor.data) % bytes == 0;
 }
 
-const char* name_of(Direction direction) {
-  return direction == Direction::forward ? "nf4_linear" : "nf4_linear_grad_input";
-}
-
 template <typename T>
 using Kernel = void (*)(tiles::Arguments<T>);
 
@@ -36,12 +32,12 @@ Kernel<T> choose_kernel(Direction direction, int tokens) {
                         : tiles::nf4_matmul_tiles_kernel<T, Direction::grad_input, 128>;
   }
   throw InvalidArgument(
-      message(name_of(direction), ": no kernel for tiles of ", tokens, " tokens"));
+      message(operation_of(direction), ": no kernel for tiles of ", tokens, " tokens"));
 }
 
 template <typename T>
 void launch_tiles(const NF4Matmul& matmul, const Plan& plan, cudaStream_t stream) {
-  const char* const operation = name_of(matmul.direction);
+  const char* const operation = operation_of(matmul.direction);
   const NF4Weight& weight = matmul.weight;
   const std::int64_t padded_columns = plan.column_tiles * tiles::columns_per_tile;
   std::optional<StreamBuffer> partial_sums;
@@ -52,9 +48,7 @@ void launch_tiles(const NF4Matmul& matmul, const Plan& plan, cudaStream_t stream
   const tiles::Arguments<T> arguments{
       .input = matmul.input.as<const T>(),
       .codes = weight.codes.as<const std::uint8_t>(),
-      .scales = {weight.absmax.as<const std::uint8_t>(),
-                 weight.is_nested() ? weight.nested_absmax.as<const float>() : nullptr,
-                 weight.is_nested() ? weight.nested_offset.as<const float>() : nullptr},
+      .scales = scales_of(weight),
       .bias = matmul.bias.is_present ? matmul.bias.as<const T>() : nullptr,
       .output = matmul.output.as<T>(),
       .partial_sums = partial_sums ? reinterpret_cast<float*>(partial_sums->data()) : nullptr,
@@ -75,10 +69,11 @@ void launch_tiles(const NF4Matmul& matmul, const Plan& plan, cudaStream_t stream
           tiles::shared_bytes(plan.tokens)},
          stream, arguments);
   if (partial_sums) {
-    const std::int64_t fours = matmul.m() * ceil_divide(matmul.columns(), 4);
+    const std::int64_t blocks_per_token =
+        ceil_divide(matmul.columns(), tiles::columns_per_sum_block);
     launch(operation, tiles::nf4_matmul_tiles_sum_kernel<T>,
-           {thread_blocks_for_items(fours, tiles::sum_thread_count), tiles::sum_thread_count},
-           stream, arguments, static_cast<int>(plan.splits));
+           {static_cast<unsigned>(matmul.m() * blocks_per_token), tiles::sum_thread_count}, stream,
+           arguments, static_cast<int>(plan.splits), static_cast<unsigned>(blocks_per_token));
   }
 }
 
@@ -98,7 +93,7 @@ void launch_nf4_matmul_tiles(const NF4Matmul& matmul, const DeviceTraits& device
                              cudaStream_t stream) {
   if (!nf4_matmul_tiles_supports(matmul, device)) {
     throw Unsupported(message(
-        name_of(matmul.direction), ": the tensor-core kernel for the middle does not take ",
+        operation_of(matmul.direction), ": the tensor-core kernel for the middle does not take ",
         matmul.input.dtype, " [", matmul.m(), ", ", matmul.reduced(), "] with w [", matmul.weight.n,
         ", ", matmul.weight.k, "] on this device, or not at these addresses"));
   }
@@ -112,7 +107,7 @@ void launch_nf4_matmul_tiles(const NF4Matmul& matmul, const Plan& plan, cudaStre
     case DType::bfloat16: return launch_tiles<BFloat16>(matmul, plan, stream);
     case DType::float16: return launch_tiles<Float16>(matmul, plan, stream);
     default:
-      throw Unsupported(message(name_of(matmul.direction),
+      throw Unsupported(message(operation_of(matmul.direction),
                                 ": the tensor-core kernel for the middle takes bfloat16 and "
                                 "float16, not ",
                                 matmul.input.dtype));

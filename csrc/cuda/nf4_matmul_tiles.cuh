@@ -5,17 +5,24 @@
 // ldmatrix reads; or, as here, by the lane that needs it, into the registers of operand A. A warp
 // then owns columns of its own and multiplies them with all tokens of the thread block. Shared
 // memory is the narrowest pipe of the two designs (128 bytes a clock), and a stage of 128 columns,
-// 128 tokens and 64 of the sum takes of it, in clocks, computed:
+// 128 tokens and 64 of the sum takes of it, in clocks (all numbers here are computed, not measured):
 //
 //                        look-ups  A written, read  B read  tokens  codes, scales   sum
 //   dense tile, 64 x 64       256        128   256     256     128             72   1096
 //   registers, 32 x 128       256          0     0     512     128             88    984
 //
-// with a barrier less. Its 512 mma take 1024 clocks on compute capability 8.0; on 9.0, at the two
-// thirds of the peak that mma.sync reaches, 768. So shared memory allows the whole of the peak of
-// mma.sync on 8.0 and 78 % on 9.0; with 64 tokens (664 for 512 and 384) 77 and 58 %. Instructions,
-// in issue slots of each of the four schedulers: 128 mma, 4.5 a weight for decoding = 288, 32 reads
-// of B, some 30 of copies and addresses: 480 of those 984.
+// with a barrier less. (The gradient reads codes in 2 bytes and more scales: 1064. With 64 tokens
+// the two directions take 664 and 744.) The 512 mma of the stage take 1024 clocks on compute
+// capability 8.0 and, at the two thirds of the peak that mma.sync is known to reach on 9.0, 768 there.
+// So shared memory allows, of the rate of mma.sync,
+//
+//                128 tokens: forward, gradient      64 tokens: forward, gradient
+//   8.0                100 %    96 %                         77 %    69 %
+//   9.0                 78 %    72 %                         58 %    52 %
+//
+// and all of it on 8.6, 8.9 and 12.0, whose tensor cores are slower. Each of the four schedulers has
+// some 700 instructions to issue in those 984 clocks (750 in 1064): 128 mma, 288 to decode (4.5 a
+// weight), 32 reads of B; the rest copy, read scales and compute addresses.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +35,8 @@
 #include "cuda/nf4_matmul_tiles_map.h"
 
 namespace qlora::cuda::tiles {
+
+static_assert(NF4LevelTable::bytes == level_table_bytes);
 
 template <typename T>
 struct Arguments {
@@ -82,7 +91,8 @@ class TokenCopies {
   __device__ void copy(int stage, Shared<T> to) const {
     constexpr int tokens_per_copy = thread_count / chunks_per_token;
     std::int64_t element = first_ + std::int64_t{stage} * reduced_per_stage;
-#pragma unroll
+    // By two: the addresses of all copies at once would crowd the sums out of their registers.
+#pragma unroll 2
     for (int i = 0; i < tokens / tokens_per_copy; ++i) {
       const int token = token_ + i * tokens_per_copy;
       const bool is_inside = stage < end_stage_ && token < token_count_;
@@ -157,7 +167,8 @@ class WeightCopies {
   AnyScaleReader::Stored stored_[weight_chunks_per_thread] = {};
 };
 
-/// The codes and scales of a lane's 4 columns and 8 elements of the sum, half a stage.
+/// The codes and scales of a lane's 4 columns and 8 elements of the sum, half a stage. The halves of a
+/// stage are loaded one after the other, the first first.
 template <Direction direction>
 class EncodedHalf;
 
@@ -168,9 +179,14 @@ class EncodedHalf<Direction::forward> {
                        int half) {
 #pragma unroll
     for (int slot = 0; slot < slots_per_lane; ++slot) {
+      if (half == 1) {  // came with the first
+        words_[slot] = second_words_[slot];
+        continue;
+      }
       const auto both =
           (codes + forward_codes_at(warp, lane, slot)).template as<std::uint64_t>().load();
-      words_[slot] = static_cast<std::uint32_t>(both >> 32 * half);
+      words_[slot] = static_cast<std::uint32_t>(both);
+      second_words_[slot] = static_cast<std::uint32_t>(both >> 32);
       scales_[slot] = scales.load(forward_scale_at(warp, lane, slot));
     }
   }
@@ -180,7 +196,7 @@ class EncodedHalf<Direction::forward> {
   }
 
  private:
-  std::uint32_t words_[slots_per_lane];
+  std::uint32_t words_[slots_per_lane], second_words_[slots_per_lane];
   float scales_[slots_per_lane];
 };
 
@@ -407,32 +423,31 @@ __global__ void __launch_bounds__(thread_count, min_thread_blocks<tokens>)
 }
 
 inline constexpr int sum_thread_count = 256;
+inline constexpr int columns_per_sum_block = 4 * sum_thread_count;
 
 /// output = the sum of partial_sums over the splits, in their order, + bias, rounded once.
 ///
 ///   partial_sums fp32 [splits, m, padded_columns]; output T [m, columns]
-///   a thread owns four neighbouring columns of a token, and goes on to others
+///   a thread owns four neighbouring columns of a token, a thread block 1024 of them
 template <typename T>
 __global__ void __launch_bounds__(sum_thread_count)
-    nf4_matmul_tiles_sum_kernel(const Arguments<T> a, int splits) {
-  const std::int64_t fours_per_token = ceil_divide(a.columns, 4);
-  const std::int64_t fours = a.m * fours_per_token;
-  for (std::int64_t i = std::int64_t{blockIdx.x} * sum_thread_count + threadIdx.x; i < fours;
-       i += std::int64_t{gridDim.x} * sum_thread_count) {
-    const std::int64_t token = i / fours_per_token, column = 4 * (i % fours_per_token);
-    const float* const from = a.partial_sums + token * a.padded_columns + column;
-    float sums[4] = {};
+    nf4_matmul_tiles_sum_kernel(const Arguments<T> a, int splits, unsigned blocks_per_token) {
+  const std::int64_t token = blockIdx.x / blocks_per_token;
+  const std::int64_t column =
+      std::int64_t{blockIdx.x % blocks_per_token} * columns_per_sum_block + 4 * threadIdx.x;
+  if (column >= a.columns) return;
+  const float* const from = a.partial_sums + token * a.padded_columns + column;
+  float sums[4] = {};
 #pragma unroll 4
-    for (int split = 0; split < splits; ++split) {
-      const Bytes16 loaded = load_16_bytes(from + split * a.m * a.padded_columns);
+  for (int split = 0; split < splits; ++split) {
+    const Bytes16 loaded = load_16_bytes(from + split * a.m * a.padded_columns);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += std::bit_cast<float>(loaded.words[j]);
-    }
-    const FourBiases<T> bias(a, column);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[j] += bias.values[j];
-    store_four(a, token, column, sums);
+    for (int i = 0; i < 4; ++i) sums[i] += std::bit_cast<float>(loaded.words[i]);
   }
+  const FourBiases<T> bias(a, column);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[i] += bias.values[i];
+  store_four(a, token, column, sums);
 }
 
 }  // namespace qlora::cuda::tiles

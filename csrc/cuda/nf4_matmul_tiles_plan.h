@@ -17,7 +17,7 @@ namespace qlora::cuda::tiles {
 /// What there are kernels for.
 struct Configuration {
   int tokens;            // of a thread block
-  int clocks_per_stage;  // of shared memory's or the tensor cores' pipe, whichever is busier
+  int clocks_per_stage;  // of shared memory, forward and gradient's mean: nf4_matmul_tiles.cuh
 };
 inline constexpr Configuration configurations[] = {{64, 704}, {128, 1024}};
 
@@ -28,7 +28,7 @@ inline constexpr std::int64_t min_stages_per_split = 4;
 inline constexpr std::int64_t stages_to_fill_the_pipeline = 3;
 
 // A thread block that has a multiprocessor to itself, one warp for each scheduler, waits for its own
-// results half as long again. Assumed.
+// results: it takes half as long again. Assumed.
 inline constexpr double slowdown_of_one_alone = 1.5;
 
 // The kernel that adds partial sums: its launch, and fp32 written and read at what L2 moves for a
@@ -44,7 +44,7 @@ struct Plan {
   constexpr std::int64_t thread_blocks() const { return token_tiles * column_tiles * splits; }
 };
 
-/// The plan with `configuration` and about `splits` splits, none of them empty.
+/// The plan with tiles of `tokens` tokens and about `splits` splits, none of them empty.
 constexpr Plan make_plan(std::int64_t m, std::int64_t columns, std::int64_t reduced, int tokens,
                          std::int64_t splits) {
   Plan plan{.tokens = tokens,
@@ -61,11 +61,17 @@ constexpr Plan make_plan(std::int64_t m, std::int64_t columns, std::int64_t redu
 
 /// The clocks that a plan is thought to take.
 constexpr double estimate_clocks(const Plan& plan, int clocks_per_stage, std::int64_t m,
-                                 std::int64_t columns, int multiprocessors) {
+                                 std::int64_t columns, const DeviceTraits& device) {
+  const int multiprocessors = std::max(1, device.multiprocessor_count);
   const std::int64_t busiest = ceil_divide(plan.thread_blocks(), multiprocessors);
-  const double in_turn = busiest == 1 ? slowdown_of_one_alone : static_cast<double>(busiest);
-  double clocks = static_cast<double>(plan.stages_per_split + stages_to_fill_the_pipeline) *
-                  clocks_per_stage * in_turn;
+  // A multiprocessor has 1 KB more than a thread block may ask for, and keeps 1 KB for each.
+  const bool is_alone =
+      busiest == 1 || 2 * (shared_bytes(plan.tokens) + 1024) > device.max_shared_bytes + 1024;
+  const double in_turn = static_cast<double>(busiest) * (is_alone ? slowdown_of_one_alone : 1.0);
+  const std::int64_t fills = is_alone ? busiest : ceil_divide(busiest, 2);  // the rest overlaps
+  double clocks = (static_cast<double>(plan.stages_per_split) * in_turn +
+                   static_cast<double>(fills * stages_to_fill_the_pipeline)) *
+                  clocks_per_stage;
   if (plan.splits > 1) {
     const double bytes = 2.0 * 4.0 * static_cast<double>(m) * static_cast<double>(columns) *
                          static_cast<double>(plan.splits);
@@ -84,8 +90,8 @@ constexpr Plan choose_plan(std::int64_t m, std::int64_t columns, std::int64_t re
     for (std::int64_t splits = 1; splits <= max_splits; ++splits) {
       const Plan plan = make_plan(m, columns, reduced, configuration.tokens, splits);
       if (splits > 1 && plan.stages_per_split < min_stages_per_split) break;
-      const double clocks = estimate_clocks(plan, configuration.clocks_per_stage, m, columns,
-                                            std::max(1, device.multiprocessor_count));
+      const double clocks =
+          estimate_clocks(plan, configuration.clocks_per_stage, m, columns, device);
       if (clocks < best_clocks) {
         best = plan;
         best_clocks = clocks;

@@ -32,6 +32,9 @@ __device__ Word load_once(const Word* address) {
 #if defined(__CUDA_ARCH__)
   return __ldcs(address);
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, sizeof(Word));
+#endif
   Word value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -56,6 +59,9 @@ __device__ inline Bytes16 load_16_bytes(const void* address) {
   const uint4 v = *static_cast<const uint4*>(address);
   return {{v.x, v.y, v.z, v.w}};
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 16);
+#endif
   Bytes16 value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -68,6 +74,9 @@ __device__ inline void store_16_bytes(void* address, const Bytes16& value) {
   *static_cast<uint4*>(address) =
       make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 16);
+#endif
   std::memcpy(address, &value, sizeof value);
 #endif
 }
@@ -106,6 +115,15 @@ __device__ inline std::uint32_t max_of_warp(std::uint32_t value) {
 #endif
 }
 
+/// Byte `i` of a little-endian word, as one instruction.
+__device__ inline std::uint32_t byte_of(std::uint32_t word, int i) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(word, 0, 0x4440u + static_cast<unsigned>(i));
+#else
+  return word >> 8 * i & 0xff;
+#endif
+}
+
 /// The larger one, or NaN if one of the two is NaN. (fmaxf would return the other.)
 __device__ inline float max_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -127,7 +145,7 @@ __device__ inline float multiply_then_add(float a, float b, float c) {
 #endif
 }
 
-/// a * b + c, rounded once.
+/// a * b + c, rounded once whatever the compiler's flags.
 __device__ inline float fused_multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);

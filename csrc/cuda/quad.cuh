@@ -20,31 +20,47 @@ struct Quad {
   float values[elements_per_quad];
 };
 
-/// Loads the elements at `first`, of which the tensor has `count`; zeros stand for what is beyond.
-/// `is_vector`: all four are there, and aligned to be one access.
-__device__ inline RawQuad load_quad(FloatKind kind, const void* tensor, std::int64_t first,
-                                    std::int64_t count, bool is_vector) {
+/// Where a thread's elements are: `first` counts from the first element of its chunk or block, which
+/// has `count`. `is_vector`: all four are there, and aligned to be one access.
+struct QuadPlace {
+  int first, count;
+  bool is_vector;
+
+  __device__ bool has(int i) const { return first + i < count; }
+};
+
+/// The address of element `i` of a tensor.
+__device__ inline const void* element_address(FloatKind kind, const void* tensor, std::int64_t i) {
+  const int bytes_log2 = kind == FloatKind::float32 ? 2 : 1;
+  return static_cast<const std::uint8_t*>(tensor) + (i << bytes_log2);
+}
+__device__ inline void* element_address(FloatKind kind, void* tensor, std::int64_t i) {
+  return const_cast<void*>(element_address(kind, static_cast<const void*>(tensor), i));
+}
+
+/// Loads a quad from the elements of a chunk or block; zeros stand for what is beyond its end.
+__device__ inline RawQuad load_quad(FloatKind kind, const void* elements, const QuadPlace& at) {
   RawQuad raw{};
   if (kind == FloatKind::float32) {
-    const auto* const source = static_cast<const std::uint32_t*>(tensor) + first;
-    if (is_vector) {
+    const auto* const source = static_cast<const std::uint32_t*>(elements) + at.first;
+    if (at.is_vector) {
       const Bytes16 bytes = load_16_bytes(source);
 #pragma unroll
       for (int i = 0; i < 4; ++i) raw.words[i] = bytes.words[i];
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) raw.words[i] = first + i < count ? source[i] : 0;
+      for (int i = 0; i < 4; ++i) raw.words[i] = at.has(i) ? source[i] : 0;
     }
   } else {
-    const auto* const source = static_cast<const std::uint16_t*>(tensor) + first;
-    if (is_vector) {
+    const auto* const source = static_cast<const std::uint16_t*>(elements) + at.first;
+    if (at.is_vector) {
       const Bytes8 bytes = load_8_bytes(source);
       raw.words[0] = bytes.words[0];
       raw.words[1] = bytes.words[1];
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const std::uint32_t bits = first + i < count ? source[i] : 0;
+        const std::uint32_t bits = at.has(i) ? source[i] : 0;
         raw.words[i / 2] |= bits << (16 * (i % 2));
       }
     }
@@ -52,26 +68,28 @@ __device__ inline RawQuad load_quad(FloatKind kind, const void* tensor, std::int
   return raw;
 }
 
-__device__ inline Quad widen(FloatKind kind, const RawQuad& raw) {
+template <typename T>
+__device__ Quad widen_halves(const RawQuad& raw) {
   Quad quad;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const auto half = static_cast<std::uint16_t>(raw.words[i / 2] >> (16 * (i % 2)));
-    switch (kind) {
-      case FloatKind::float32: quad.values[i] = std::bit_cast<float>(raw.words[i]); break;
-      case FloatKind::bfloat16: quad.values[i] = widen(BFloat16{half}); break;
-      case FloatKind::float16: quad.values[i] = widen(Float16{half}); break;
-    }
+    quad.values[i] = widen(T{static_cast<std::uint16_t>(raw.words[i / 2] >> (16 * (i % 2)))});
   }
   return quad;
 }
 
-/// Rounds once. Writes nothing beyond the tensor's `count` elements.
-__device__ inline void store_quad(FloatKind kind, void* tensor, std::int64_t first,
-                                  std::int64_t count, bool is_vector, const Quad& quad) {
+__device__ inline Quad widen(FloatKind kind, const RawQuad& raw) {
+  if (kind == FloatKind::bfloat16) return widen_halves<BFloat16>(raw);
+  if (kind == FloatKind::float16) return widen_halves<Float16>(raw);
+  return std::bit_cast<Quad>(raw);
+}
+
+/// Rounds once. Writes nothing beyond the end of the chunk or block.
+__device__ inline void store_quad(FloatKind kind, void* elements, const QuadPlace& at,
+                                  const Quad& quad) {
   if (kind == FloatKind::float32) {
-    float* const target = static_cast<float*>(tensor) + first;
-    if (is_vector) {
+    float* const target = static_cast<float*>(elements) + at.first;
+    if (at.is_vector) {
       Bytes16 bytes;
 #pragma unroll
       for (int i = 0; i < 4; ++i) bytes.words[i] = std::bit_cast<std::uint32_t>(quad.values[i]);
@@ -79,7 +97,7 @@ __device__ inline void store_quad(FloatKind kind, void* tensor, std::int64_t fir
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (first + i < count) target[i] = quad.values[i];
+        if (at.has(i)) target[i] = quad.values[i];
       }
     }
     return;
@@ -91,13 +109,13 @@ __device__ inline void store_quad(FloatKind kind, void* tensor, std::int64_t fir
     bytes.words[i] = kind == FloatKind::bfloat16 ? round_pair<BFloat16>(low, high)
                                                  : round_pair<Float16>(low, high);
   }
-  auto* const target = static_cast<std::uint16_t*>(tensor) + first;
-  if (is_vector) {
+  auto* const target = static_cast<std::uint16_t*>(elements) + at.first;
+  if (at.is_vector) {
     store_8_bytes(target, bytes);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (first + i < count) {
+      if (at.has(i)) {
         target[i] = static_cast<std::uint16_t>(bytes.words[i / 2] >> (16 * (i % 2)));
       }
     }
@@ -105,26 +123,24 @@ __device__ inline void store_quad(FloatKind kind, void* tensor, std::int64_t fir
 }
 
 /// Four 8-bit codes, as one little-endian word.
-__device__ inline std::uint32_t load_codes(const std::uint8_t* codes, std::int64_t first,
-                                           std::int64_t count, bool is_vector) {
-  if (is_vector) return *reinterpret_cast<const std::uint32_t*>(codes + first);
+__device__ inline std::uint32_t load_codes(const std::uint8_t* codes, const QuadPlace& at) {
+  if (at.is_vector) return *reinterpret_cast<const std::uint32_t*>(codes + at.first);
   std::uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (first + i < count) word |= std::uint32_t{codes[first + i]} << (8 * i);
+    if (at.has(i)) word |= std::uint32_t{codes[at.first + i]} << (8 * i);
   }
   return word;
 }
 
-__device__ inline void store_codes(std::uint8_t* codes, std::int64_t first, std::int64_t count,
-                                   bool is_vector, std::uint32_t word) {
-  if (is_vector) {
-    *reinterpret_cast<std::uint32_t*>(codes + first) = word;
+__device__ inline void store_codes(std::uint8_t* codes, const QuadPlace& at, std::uint32_t word) {
+  if (at.is_vector) {
+    *reinterpret_cast<std::uint32_t*>(codes + at.first) = word;
     return;
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (first + i < count) codes[first + i] = static_cast<std::uint8_t>(word >> (8 * i));
+    if (at.has(i)) codes[at.first + i] = static_cast<std::uint8_t>(word >> (8 * i));
   }
 }
 

@@ -93,7 +93,7 @@ void check_stream(cudaStream_t stream, const char* operation) {
     return;
   }
   check(device == current, operation, ": the stream belongs to cuda:", device,
-        ", but the tensors are on cuda:", current);
+        ", but the memory is ", "on cuda:", current);
 }
 
 const DeviceTraits& device_traits(int device, const char* operation) {
@@ -133,13 +133,11 @@ StreamBuffer::StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* o
 
 StreamBuffer::~StreamBuffer() { is_pooled_ ? cudaFreeAsync(data_, stream_) : cudaFree(data_); }
 
-void refuse_capture(cudaStream_t stream, const char* operation) {
+void refuse_capture(cudaStream_t stream, const char* operation, const char* reason) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &status), operation);
   if (status != cudaStreamCaptureStatusNone) {
-    throw Unsupported(message(operation,
-                              ": the stream records a CUDA graph, but this operation "
-                              "waits for its stream; call it before the capture"));
+    throw Unsupported(message(operation, ": the stream records a CUDA graph, but ", reason));
   }
 }
 

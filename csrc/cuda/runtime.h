@@ -68,8 +68,10 @@ class StreamBuffer {
   bool is_pooled_;
 };
 
-/// Throws Unsupported while `stream` records a CUDA graph: for an operation that waits for its
-/// stream.
-void refuse_capture(cudaStream_t stream, const char* operation);
+/// Throws Unsupported, for the given reason, while `stream` records a CUDA graph.
+void refuse_capture(cudaStream_t stream, const char* operation,
+                    const char* reason =
+                        "this operation waits for its stream; call it before the "
+                        "capture");
 
 }  // namespace qlora::cuda

@@ -3,6 +3,7 @@
 // written before it is read, ordered by a barrier with what other threads did).
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "cuda/ptx.cuh"
@@ -54,6 +55,35 @@ class Shared {
 
  private:
   T* pointer_;
+};
+
+/// A table of 8-byte entries in shared memory, at the 32-bit address that the instruction wants: what
+/// an index adds to it is one multiply-add, where a pointer's is two.
+template <typename T>
+class SharedTable {
+ public:
+  static_assert(sizeof(T) == 8);
+
+  __device__ explicit SharedTable(Shared<T> begin) : begin_(begin) {
+#if defined(__CUDA_ARCH__)
+    address_ = static_cast<std::uint32_t>(__cvta_generic_to_shared(begin.pointer()));
+#endif
+  }
+
+  /// Volatile, which keeps it between the barriers that it was written between.
+  __device__ T load(std::uint32_t i) const {
+#if defined(QLORA_CUDA_EMULATION)
+    return begin_.load(static_cast<int>(i));
+#elif defined(__CUDA_ARCH__)
+    unsigned long long entry;
+    asm volatile("ld.shared.b64 %0, [%1];" : "=l"(entry) : "r"(address_ + i * 8));
+    return std::bit_cast<T>(entry);
+#endif
+  }
+
+ private:
+  Shared<T> begin_;
+  std::uint32_t address_ = 0;
 };
 
 /// The shared memory that the launch asked for (launch.cuh), from byte `offset` on. It begins at a

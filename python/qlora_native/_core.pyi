@@ -4,7 +4,7 @@ Where that says x[m, k] of a product, here x[..., k] is taken, and so with y, dy
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
@@ -51,8 +51,8 @@ def nf4_matmul_strategy(
 ) -> Literal["plain", "few_tokens", "tiles", "workspace"]:
     """How a product of m tokens is computed best on a CUDA device.
 
-    By a kernel of the core's, or ("workspace") by a dense product with the dequantised weight, which
-    is the caller's to do.
+    By a kernel of the core's, or ("workspace") by a dense product with the dequantised weight,
+    which is the caller's to do.
     """
 
 def lora_forward(
@@ -87,6 +87,7 @@ def adamw_step(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
+    step_counts: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -94,6 +95,9 @@ def adamw_step(
     weight_decay: float,
     step: int,
     maximize: bool,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     num_threads: int,
     stream: int,
 ) -> None: ...
@@ -105,6 +109,7 @@ def adamw8bit_step(
     exp_avg_sqs: Sequence[Tensor],
     exp_avg_sq_absmaxes: Sequence[Tensor],
     *,
+    step_counts: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -112,6 +117,71 @@ def adamw8bit_step(
     weight_decay: float,
     step: int,
     maximize: bool,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     num_threads: int,
     stream: int,
 ) -> None: ...
+
+class PagedMemory:
+    """A piece of a PagedBuffer's memory; `torch.from_dlpack` makes a tensor of bytes of it.
+
+    The piece and the tensor keep the buffer.
+    """
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: Any = None,
+        dl_device: Any = None,
+        copy: Any = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+class PagedReport(TypedDict):
+    unknown_bytes: int
+    host_bytes: int
+    device_bytes: int
+    moved_to_device_bytes: int
+    moved_to_host_bytes: int
+
+class PagedBuffer:
+    """Memory for optimiser state, in pages that need not all be on the device at a time.
+
+    csrc/core/paged_buffer.h has its contract.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        bytes: int,
+        *,
+        page_bytes: int = 33554432,
+        strategy: str = "automatic",
+        resident_bytes: int | None = None,
+    ) -> None: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def page_count(self) -> int: ...
+    def memory(self, offset: int, bytes: int) -> PagedMemory:
+        """The bytes where the host sees them: on "cuda" of managed memory, on "cpu" of pinned."""
+
+    def begin(self, page: int, stream: int) -> PagedMemory: ...
+    def end(self, page: int, stream: int) -> None: ...
+    def join(self, stream: int) -> None: ...
+    def prefetch_to_device(self, offset: int, bytes: int, stream: int) -> None: ...
+    def prefetch_to_host(self, offset: int, bytes: int, stream: int) -> None: ...
+    def report(self) -> PagedReport: ...

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -229,6 +233,26 @@ def lora_results(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y, "dx": dx, "da": da, "db": db}
 
 
+# ---- peers
+
+
+@contextlib.contextmanager
+def import_bitsandbytes() -> Iterator[None]:
+    """Inside, bitsandbytes imports quietly, and without a look at a hub for faster kernels."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    patch = pytest.MonkeyPatch()
+    patch.setitem(sys.modules, "kernels", None)  # what it would fetch with
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        patch.undo()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
 # ---- doors
 
 
@@ -250,3 +274,17 @@ def dispatcher() -> Iterator[list[str]]:
     """Inside, calls take the dispatcher's door; yields the operators that it saw."""
     with _PassThrough() as mode:
         yield mode.seen
+
+
+# ---- a process of its own
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

@@ -117,3 +117,10 @@ def test_a_tensor_without_memory_of_this_kind_is_refused():
 def test_what_is_no_tensor_is_a_type_error(x):
     with pytest.raises(TypeError, match="nf4_linear"):
         multiply(x, y=torch.zeros(3, 24))
+
+
+def test_the_strategy_of_an_unknown_product_is_refused():
+    with pytest.raises(ValueError, match="direction is sideways, want forward or grad_input"):
+        _core.nf4_matmul_strategy("sideways", 1, 64, 64, "bfloat16", 64, 0)
+    with pytest.raises(ValueError, match="dtype is int8, want float32, bfloat16 or float16"):
+        _core.nf4_matmul_strategy("forward", 1, 64, 64, "int8", 64, 0)

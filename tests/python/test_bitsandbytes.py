@@ -14,10 +14,6 @@ where it shows and nowhere else:
    right.
 """
 
-import logging
-import os
-import sys
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +22,7 @@ from torch import Tensor
 
 from qlora_native import NF4Weight, nf4_quantize
 from qlora_native.ops.storage import NF4Tensors
-from support import BLOCK_SIZES, over_dtypes, same_bits
+from support import BLOCK_SIZES, import_bitsandbytes, over_dtypes, same_bits
 
 SHAPES = [(64, 128), (33, 65), (257, 256), (1, 1), (3, 4, 50)]
 TABLE_BIN = 2 / 65536
@@ -38,19 +34,9 @@ over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.fixture(scope="module")
 def bnb():
     """bitsandbytes' functions, quiet; on some processors its import would fetch code from a hub."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    patch = pytest.MonkeyPatch()
-    patch.setitem(sys.modules, "kernels", None)  # what it would fetch with
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            functional = pytest.importorskip("bitsandbytes.functional")
-            from bitsandbytes.backends.default import ops as portable
-    finally:
-        logging.disable(before)
-        patch.undo()
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with import_bitsandbytes():
+        functional = pytest.importorskip("bitsandbytes.functional")
+        from bitsandbytes.backends.default import ops as portable
     # It compiles its portable functions with torch.compile, which these small tensors do not repay.
     with torch.compiler.set_stance("force_eager"):
         yield SimpleNamespace(functional=functional, portable=portable)

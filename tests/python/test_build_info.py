@@ -1,25 +1,12 @@
 """build_info: what was built, and which instruction set runs."""
 
 import importlib.metadata
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import qlora_native
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+from support import run_python
 
 
 def test_it_says_what_was_built():

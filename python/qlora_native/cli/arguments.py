@@ -25,6 +25,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, type=Path, metavar="FILE.jsonl", help="one JSON object a line")
     add("--output", required=True, type=Path, metavar="DIR", help="for adapter and metrics")
     add("--overwrite", action="store_true", help="replace an adapter that is in --output")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU where one can be used (default: %(default)s)",
+    )
 
     columns = parser.add_argument_group("columns of the data")
     add = columns.add_argument

@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "train",
         help="fine-tune a transformers model on a JSONL file",
         description="Load a causal language model, quantise it to 4 bits, train LoRA on the lines "
-        "of a JSONL file, and save the adapter in PEFT's format. Runs on the CPU.",
+        "of a JSONL file, and save the adapter in PEFT's format.",
     )
     arguments.add_train_arguments(train)
     train.set_defaults(run=run_train)

@@ -14,6 +14,7 @@ import qlora_native
 from qlora_native import PagedAdamW, PagedAdamW8bit, add_lora, count_parameters, quantize_model
 from qlora_native.cli.batches import shuffled_batches
 from qlora_native.cli.dataset import Columns, read_examples
+from qlora_native.cli.devices import choose_device
 from qlora_native.cli.errors import CommandError, make_output_folder
 from qlora_native.cli.training import TrainingRun, progress_bar, train_model
 from qlora_native.hf import adapter, save_lora
@@ -28,6 +29,7 @@ METRICS_FILE = "metrics.json"
 def run(args: argparse.Namespace) -> None:
     """The whole of the command: load, quantise, train, save."""
     columns = _columns_of(args)
+    device = choose_device(args.device)
     _check_output(args.output, args.overwrite)
     torch.manual_seed(args.seed)
 
@@ -35,8 +37,9 @@ def run(args: argparse.Namespace) -> None:
     examples = read_examples(args.data, columns, tokenizer, args.max_length)
     model = _load(AutoModelForCausalLM, args.model, dtype="auto")
     _quantize_and_add_lora(model, args)
+    model.to(device)  # quantised by now: the dense weights never have to fit a GPU
     trainable, total = count_parameters(model)
-    print(f"{len(examples):,} examples; training {trainable:,} of {total:,} parameters")
+    print(f"{len(examples):,} examples; training {trainable:,} of {total:,} parameters on {device}")
 
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
     if args.max_steps is not None:
@@ -54,7 +57,12 @@ def run(args: argparse.Namespace) -> None:
 
     make_output_folder(args.output)
     save_lora(model, args.output, base_model_name_or_path=args.model)
-    metrics = {"trainable_parameters": trainable, "parameters": total, "steps": steps}
+    metrics = {
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "steps": steps,
+        "device": str(device),
+    }
     _write_json(args.output / METRICS_FILE, metrics | _metrics_of(training))
     _write_json(args.output / CONFIG_FILE, _config_of(args))
     print(

@@ -30,6 +30,7 @@ class TrainingRun:
     seconds: float = 0.0  # of the steps alone, evaluation left out
     peak_memory_bytes: int = 0  # resident, of the whole process
     peak_memory_since_start: bool = False  # the peak could not be reset: it may be older
+    peak_gpu_memory_bytes: int = 0  # of torch's tensors there; 0 on a CPU
     weight_bytes: int = 0
     gradient_bytes: int = 0
     optimizer_state_bytes: int = 0
@@ -68,7 +69,10 @@ def train_model(
         CommandError: the loss is not finite.
     """
     run = TrainingRun()
+    device = device_of(model)
     peak_memory = PeakMemory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     evaluate_at = {math.ceil(steps * i / evaluations) for i in range(evaluations + 1)}
@@ -106,6 +110,8 @@ def train_model(
     model.eval()
     run.peak_memory_bytes = peak_memory.read_bytes()
     run.peak_memory_since_start = peak_memory.since_start
+    if device.type == "cuda":
+        run.peak_gpu_memory_bytes = torch.cuda.max_memory_allocated(device)
     run.weight_bytes = total_bytes(model.parameters())
     run.optimizer_state_bytes = total_bytes(
         value
@@ -117,9 +123,15 @@ def train_model(
 
 
 def language_model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean cross entropy of the tokens that have a label, in nats."""
-    loss: Tensor = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
+    """The mean cross entropy of the tokens that have a label, in nats, on the model's device."""
+    input_ids, labels = (tokens.to(device_of(model)) for tokens in (batch.input_ids, batch.labels))
+    loss: Tensor = model(input_ids=input_ids, labels=labels, use_cache=False).loss
     return loss
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is, all of it."""
+    return next(model.parameters()).device
 
 
 @torch.no_grad()

@@ -61,6 +61,12 @@ _CPU_SET = _core.build_info()["cpu_set"]
 # The strategies of the core's plan for CUDA, and whether they are kernels of the core.
 _CUDA_STRATEGIES = {"plain": True, "few_tokens": True, "tiles": True, "workspace": False}
 
+_DTYPE_NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
 # The LoRA products on CUDA, by compute dtype. In 16 bits the core's: a pass over x and one over y
 # where torch's GEMMs take casts of the factors besides, and fp32 copies of x and dy for gradients
 # summed in fp32. In fp32 nothing is cast and the tensor cores that they are built on do not add in
@@ -87,8 +93,8 @@ def prefers_native(x: Tensor, weight: NF4Tensors, direction: Direction) -> bool:
     )
 
 
-# A plan costs a few times what the look-up of one does, and a model asks for few: some products,
-# for each number of tokens that it is given.
+# A look-up costs 0.2 µs, less than the plan with its way through the binding. A model asks for few:
+# its shapes of layers, for each number of tokens that it is given.
 @functools.lru_cache(maxsize=4096)
 def _is_native_on_cuda(
     direction: Direction,
@@ -99,8 +105,8 @@ def _is_native_on_cuda(
     block_size: int,
     device_index: int,
 ) -> bool:
-    dtype_name = str(dtype).removeprefix("torch.")
-    strategy = _core.nf4_matmul_strategy(direction, m, n, k, dtype_name, block_size, device_index)
+    name = _DTYPE_NAMES[dtype]
+    strategy = _core.nf4_matmul_strategy(direction, m, n, k, name, block_size, device_index)
     return _CUDA_STRATEGIES[strategy]
 
 

@@ -1,32 +1,17 @@
-"""PagedAdamW and PagedAdamW8bit: AdamW in one native call for a list of parameters."""
+"""PagedAdamW: AdamW in one native call for a list of parameters."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import increment_version
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from qlora_native import _core
-from qlora_native.ops.storage import FLOAT_DTYPES, PLAIN_TYPES, execution, in_memory
+from qlora_native.optim.adamw_state import check_state, own_copy
+from qlora_native.optim.adamw_step import Scaling, check_capture, make_batches, run_batch
 
-_BLOCK = 256  # elements of 8-bit state that share a scale
 _SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize")
-_STATE_32BIT = ("exp_avg", "exp_avg_sq")
-_STATE_8BIT = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
-
-
-class _Batch(NamedTuple):
-    """Parameters that one call of the core steps: of one device, kind of state and step count."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    is_8bit: bool
-    steps_done: int
+_CPU = torch.device("cpu")
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -42,21 +27,34 @@ class PagedAdamW(torch.optim.Optimizer):
     which is `torch.optim.AdamW`, to fp32 rounding. A state dict of either loads into the other,
     with one difference: this class keeps the moments in fp32 for 16-bit parameters too.
 
-    State is not paged yet: parameters, gradients and state are in ordinary CPU memory, and a
-    parameter on another device raises NotImplementedError at the first step. Of a sharded
+    Parameters are on the CPU or on CUDA devices, which give the same bits; on a device, a step of
+    any number of parameters is one launch or a few, on the current stream, and waits for nothing.
+    State is not paged yet: it is in ordinary memory of the parameter's device. Of a sharded
     parameter (DTensor, as FSDP2 makes them) each rank steps its own part.
+
+    A `torch.amp.GradScaler` steps it as it does torch's fused optimisers, without waiting for the
+    device: the gradients are unscaled inside the step, and stay as they are; a step that found an
+    Inf or NaN changes nothing, and does not count. To know that, the device keeps the step counts
+    from the first such step on: `state[p]["step"]` is then on the parameter's device.
 
     Args:
         params: parameters or groups, as for every torch optimiser.
-        lr: the learning rate; a float or a tensor of one element.
+        lr: the learning rate; a float or a tensor of one element. A CUDA tensor is read when the
+            step runs, without waiting for it, in fp32, and is not checked.
         betas: decay of the running means of g and of g².
         eps: added to the denominator.
         weight_decay: decoupled.
         maximize: step up the gradient instead of down.
+        capturable: keep the step counts on the parameters' device, so that a CUDA graph can capture
+            `step` (once a step outside has made the state) and a replay counts. Other numbers than
+            a CUDA tensor `lr` are those of the capture.
 
     Raises:
         ValueError: a number is out of its range.
     """
+
+    # Asks a GradScaler for the attributes grad_scale and found_inf instead of its own handling.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -67,6 +65,7 @@ class PagedAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,8 +73,16 @@ class PagedAdamW(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What copy, pickle and load_state_dict restore; older state has no `capturable`."""
+        super().__setstate__(state)
+        capturable = self.defaults.setdefault("capturable", False)
+        for group in self.param_groups:
+            group.setdefault("capturable", capturable)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own where the group has them."""
@@ -94,16 +101,24 @@ class PagedAdamW(torch.optim.Optimizer):
             ValueError: a gradient is sparse or does not fit its parameter, a parameter is of no
                 float dtype that the core has, or a number is out of its range. Nothing has then
                 been updated.
-            NotImplementedError: a parameter is on a device that has no such operation yet.
+            NotImplementedError: a parameter is on a device that has no such operation, or on a CUDA
+                device that this build cannot use.
+            RuntimeError: a CUDA graph is captured, without `capturable` or before the first step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        name = type(self).__name__
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         # All groups are checked before the first is updated.
-        batches = [batch for group in self.param_groups for batch in self._batches_of(group)]
+        batches = []
+        for group in self.param_groups:
+            self._check_group(group)
+            batches += make_batches(name, group, self.state, self._keeps_8bit_state, scaling)
+        check_capture(name, batches, self.state)
         for batch in batches:
-            self._step_batch(batch)
+            run_batch(batch, self.state, scaling)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -129,19 +144,25 @@ class PagedAdamW(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        for param, state in self._pair_with_parameters(given):
-            self.state[param] = {
-                name: _own_copy(name, value, param.device) for name, value in state.items()
-            }
+        for group, param, state in self._pair_with_parameters(given):
+            step_device = param.device if group["capturable"] else _CPU
+            self.state[param] = own_copy(state, param.device, step_device)
 
     # ---- what a kind of state decides
 
     def _keeps_8bit_state(self, param: Tensor) -> bool:
         return False
 
+    def _check_state(self, where: str, param: Tensor, state: dict[str, Any]) -> None:
+        check_state(where, param, state, self._keeps_8bit_state(param))
+
+    # ---- checks
+
     def _check_group(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
         for key in ("lr", "eps", "weight_decay"):
+            if isinstance(group[key], Tensor) and group[key].is_cuda:
+                continue  # to look at it would wait for the device
             if not 0.0 <= float(group[key]) < math.inf:
                 raise ValueError(
                     f"{name}: {key} is {group[key]}, want a finite number of at least 0"
@@ -152,119 +173,14 @@ class PagedAdamW(torch.optim.Optimizer):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name}: betas[{i}] is {beta}, want 0 <= beta < 1")
 
-    # ---- one step
-
-    def _batches_of(self, group: dict[str, Any]) -> list[_Batch]:
-        """The parameters that have a gradient: one batch, as a rule."""
-        self._check_group(group)
-        batches: dict[tuple[torch.device, bool, int], list[Tensor]] = defaultdict(list)
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            state = self.state.get(param)
-            is_8bit = "exp_avg_absmax" in state if state else self._keeps_8bit_state(param)
-            if param.device.type != "cpu":
-                raise NotImplementedError(
-                    f"{type(self).__name__}: a parameter is on {param.device}, where there is no "
-                    "such step yet; want cpu"
-                )
-            self._check_gradient(param, param.grad)
-            self._check_memory(param, is_8bit)
-            steps_done = int(state["step"]) if state else 0
-            batches[param.device, is_8bit, steps_done].append(param)
-        return [
-            _Batch(group, params, is_8bit, steps_done)
-            for (_, is_8bit, steps_done), params in batches.items()
-        ]
-
-    def _check_gradient(self, param: Tensor, grad: Tensor) -> None:
-        name = type(self).__name__
-        if grad.layout is not torch.strided:
-            raise ValueError(f"{name}: a gradient is sparse ({grad.layout}), want a dense one")
-        if param.dtype not in FLOAT_DTYPES or grad.dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"{name}: a parameter is {param.dtype} and its gradient {grad.dtype}, "
-                f"want one of {FLOAT_DTYPES}"
-            )
-        if grad.shape != param.shape:
-            raise ValueError(
-                f"{name}: a gradient has shape {list(grad.shape)}, its parameter "
-                f"{list(param.shape)}"
-            )
-
-    def _check_memory(self, param: Tensor, is_8bit: bool) -> None:
-        """The core takes addresses: of a tensor subclass it must be known what is there."""
-        if type(param) in PLAIN_TYPES:
-            return
-        name = f"{type(self).__name__}: a parameter is a {type(param).__name__}"
-        if isinstance(param, FakeTensor):
-            raise NotImplementedError(f"{name}, which has no memory to step")
-        if is_traceable_wrapper_subclass(param) and not hasattr(param, "to_local"):
-            raise NotImplementedError(f"{name}, a tensor made of other tensors: want a plain one")
-        if is_8bit and hasattr(param, "to_local"):
-            raise NotImplementedError(
-                f"{name}; sharded parameters have no 8-bit state yet: use PagedAdamW"
-            )
-
-    def _step_batch(self, batch: _Batch) -> None:
-        group, params, is_8bit, steps_done = batch
-        for param in params:
-            if not self.state[param]:
-                self._init_state(param, self.state[param], is_8bit)
-        states = [self.state[param] for param in params]
-        local = [_local(param) for param in params]
-        # The core wants plain memory; a parameter that is not is stepped as a copy.
-        dense = [in_memory(param) for param in local]
-        grads = [in_memory(_local(param.grad)) for param in params]
-        names = _STATE_8BIT if is_8bit else _STATE_32BIT
-        num_threads, stream = execution(dense[0])
-        beta1, beta2 = group["betas"]
-        core_step = _core.adamw8bit_step if is_8bit else _core.adamw_step
-        core_step(
-            dense,
-            grads,
-            *([_local(state[name]) for state in states] for name in names),
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            step=steps_done + 1,
-            maximize=bool(group["maximize"]),
-            num_threads=num_threads,
-            stream=stream,
-        )
-        for param, stepped in zip(local, dense, strict=True):
-            if stepped is not param:
-                param.copy_(stepped)
-            else:
-                increment_version(param)  # so that autograd sees the write, as of any in-place one
-        torch._foreach_add_([state["step"] for state in states], 1)
-
-    def _init_state(self, param: Tensor, state: dict[str, Any], is_8bit: bool) -> None:
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        for name in _STATE_32BIT:
-            # As 8-bit codes any bytes do: a scale of zero makes every code stand for zero.
-            state[name] = torch.zeros_like(
-                param,
-                dtype=torch.uint8 if is_8bit else torch.float32,
-                memory_format=torch.contiguous_format,
-            )
-            if is_8bit:
-                state[f"{name}_absmax"] = torch.zeros(
-                    _block_count(param), dtype=torch.float32, device=param.device
-                )
-
-    # ---- loading
-
     def _pair_with_parameters(
         self, state_dict: dict[str, Any]
-    ) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The parameters, in order, that `state_dict` has a state for, with that state."""
+    ) -> list[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
+        """The parameters, in order, that `state_dict` has a state for: group, parameter, state."""
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = [(group, param) for group in self.param_groups for param in group["params"]]
         states = state_dict["state"]
-        return [(p, states[i]) for i, p in zip(ids, params, strict=True) if states.get(i)]
+        return [(*p, states[i]) for i, p in zip(ids, params, strict=True) if states.get(i)]
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -290,95 +206,5 @@ class PagedAdamW(torch.optim.Optimizer):
                     f"{name}: the state dict is of Adam, whose weight decay is not decoupled"
                 )
             self._check_group(group)
-        for i, (param, state) in enumerate(self._pair_with_parameters(state_dict)):
+        for i, (_, param, state) in enumerate(self._pair_with_parameters(state_dict)):
             self._check_state(f"{name}: state of parameter {i}", param, state)
-
-    def _check_state(self, where: str, param: Tensor, state: dict[str, Any]) -> None:
-        is_8bit = self._keeps_8bit_state(param)
-        wanted = {"step", *(_STATE_8BIT if is_8bit else _STATE_32BIT)}
-        if set(state) != wanted:
-            raise ValueError(f"{where} has {sorted(state)}, want {sorted(wanted)}")
-        for moment in _STATE_32BIT:
-            value = state[moment]
-            if value.shape != param.shape:
-                raise ValueError(
-                    f"{where}: {moment} has shape {list(value.shape)}, want {list(param.shape)}"
-                )
-            if (value.dtype == torch.uint8) != is_8bit:
-                wanted_dtype = "uint8" if is_8bit else "a float dtype"
-                raise ValueError(f"{where}: {moment} is {value.dtype}, want {wanted_dtype}")
-            if is_8bit:
-                absmax, blocks = state[f"{moment}_absmax"], _block_count(param)
-                if absmax.shape != (blocks,) or absmax.dtype != torch.float32:
-                    raise ValueError(
-                        f"{where}: {moment}_absmax is {absmax.dtype} {list(absmax.shape)}, "
-                        f"want torch.float32 [{blocks}]"
-                    )
-
-
-class PagedAdamW8bit(PagedAdamW):
-    """AdamW with 8-bit block-wise state: 2.03 bytes of state a parameter, not 8.
-
-    Block-wise 8-bit state is by Dettmers et al. 2022.
-
-    A block of 256 elements of a moment is stored as its fp32 absmax and 8-bit codes: of the signed
-    dynamic map for the first moment, of the unsigned for the second. A step decodes a block,
-    updates in fp32 as PagedAdamW does, and encodes it again.
-
-    Args:
-        params: as PagedAdamW.
-        lr: as PagedAdamW.
-        betas: as PagedAdamW.
-        eps: as PagedAdamW.
-        weight_decay: as PagedAdamW.
-        maximize: as PagedAdamW.
-        min_8bit_size: parameters of fewer elements keep 32-bit state, whose cost is small there.
-
-    A state dict of a 32-bit optimiser is refused, and one of this class by 32-bit ones.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        min_8bit_size: int = 4096,
-    ) -> None:
-        self.min_8bit_size = min_8bit_size
-        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
-
-    def _keeps_8bit_state(self, param: Tensor) -> bool:
-        return param.numel() >= self.min_8bit_size
-
-    def _check_state(self, where: str, param: Tensor, state: dict[str, Any]) -> None:
-        try:
-            super()._check_state(where, param, state)
-        except ValueError as error:
-            raise ValueError(f"{error} (min_8bit_size is {self.min_8bit_size} here)") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copy and pickle keep: an Optimizer keeps its groups and state alone."""
-        return {**super().__getstate__(), "min_8bit_size": self.min_8bit_size}
-
-
-def _block_count(param: Tensor) -> int:
-    return -(-param.numel() // _BLOCK)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, and any other tensor itself."""
-    if type(tensor) in PLAIN_TYPES or not hasattr(tensor, "to_local"):
-        return tensor
-    return tensor.to_local()
-
-
-def _own_copy(name: str, value: Any, device: torch.device) -> Tensor:
-    """A loaded piece of state as this library keeps it: contiguous, moments in fp32 or uint8."""
-    if name == "step":
-        return torch.as_tensor(value, dtype=torch.float32, device="cpu").clone().reshape(())
-    dtype = torch.uint8 if value.dtype == torch.uint8 else torch.float32
-    return value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)

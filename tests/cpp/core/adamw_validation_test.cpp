@@ -80,6 +80,32 @@ TEST_F(AdamWValidation, NumbersAreCheckedWithAnEmptyListToo) {
   expect_invalid("adamw_step: step is 0, want at least 1", [&] { adamw_step({}, step, {}); });
 }
 
+TEST_F(AdamWValidation, NumbersInMemoryMustBeOneFloatOnTheDeviceOfTheParameters) {
+  HostTensor number(DType::float32, {1}, {1.0}), two(DType::float32, {2}),
+      half(DType::float16, {1});
+  struct Number {
+    TensorView& view;
+    const char* name;
+  };
+  for (const auto& [view, name] : {Number{step.lr_tensor, "lr_tensor"},
+                                   {step.grad_scale, "grad_scale"},
+                                   {step.found_inf, "found_inf"}}) {
+    view = two.view();
+    expect_error_of_both(message(name, " of shape [2] has 2 elements, want 1"));
+    view = half.view();
+    expect_error_of_both(message(name, " is float16, want float32"));
+    view = number.view();
+    view.device = {DeviceType::cuda, 0};
+    expect_error_of_both(message(name, " is on cuda:0, but the other tensors are on cpu"));
+    view = {};
+  }
+}
+TEST_F(AdamWValidation, AStepCountMustBeOneFloat) {
+  HostTensor half(DType::float16, {1});
+  tensor.step_count = tensor8bit.step_count = half.view();
+  expect_error_of_both("step_count is float16, want float32");
+}
+
 TEST_F(AdamWValidation, StepRefusesAnIntegerParameter) {
   tensor.param.dtype = DType::int64;
   expect_step_error("param is int64, want float32, bfloat16 or float16");

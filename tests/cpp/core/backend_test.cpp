@@ -30,6 +30,7 @@ TEST(Backend, AnOperationThatItDoesNotOverrideIsUnsupportedByName) {
   expect_unsupported("dropout", [&] { backend.dropout({}, 0.0, {}, {}, {}); });
   expect_unsupported("adamw_step", [&] { backend.adamw_step({}, {}, {}); });
   expect_unsupported("adamw8bit_step", [&] { backend.adamw8bit_step({}, {}, {}); });
+  expect_unsupported("make_paged_buffer", [&] { backend.make_paged_buffer({}, {}); });
 }
 
 TEST(Backend, TheCpuHasOneAndItIsTheSameEachTime) {

@@ -1,6 +1,9 @@
 // AdamW on the emulated device gives the CPU's bits, whatever the list, and whether a step's numbers
 // are on the host or on the device. What both kinds of state share is tested with both.
+#include <limits>
+
 #include "cuda/adamw_list.h"
+#include "cuda/adamw_rule.cuh"
 #include "cuda/emulation/emulator.h"
 #include "support/expect_error.h"
 
@@ -10,6 +13,37 @@ namespace {
 using emulator::Order;
 
 constexpr std::int64_t odd_sizes[] = {0, 1, 3, 255, 256, 257, 1000, 0, 4095, 4096, 4097};
+
+/// What is left of the rule where p = 0, m = 1 and lr = 1 is -1 / (sqrt(v) / divisor).
+void expect_same_quotient(float v, float divisor) {
+  AdamWRule rule{AdamWNumbers{}};
+  rule.one_minus_beta1 = 0.0f;
+  rule.beta2 = 1.0f;
+  rule.step_size = 1.0f;
+  rule.bias_correction2_sqrt = divisor;
+  rule.eps = 0.0f;
+  float expected = 0.0f, actual = 0.0f, exp_avg = 1.0f;
+  rule(expected, 0.0f, exp_avg, v);
+  cuda::AdamWDeviceRule{rule}(actual, 0.0f, exp_avg, v);
+  ASSERT_EQ(std::bit_cast<std::uint32_t>(actual), std::bit_cast<std::uint32_t>(expected))
+      << "v = " << v << ", divisor = " << divisor;
+}
+
+TEST(CudaAdamWRule, DividesByTheBiasCorrectionToTheBit) {
+  Generator generator{54};
+  std::uniform_int_distribution<std::uint32_t> any_divisor(0x32000000u, 0x3f800000u);  // 2^-27 to 1
+  std::uniform_int_distribution<std::uint32_t> any_finite(0, 0x7f7fffffu);  // subnormals too
+  const auto divisor = [&] { return std::bit_cast<float>(any_divisor(generator)); };
+  for (int i = 0; i < 300'000; ++i) {
+    expect_same_quotient(std::bit_cast<float>(any_finite(generator)), divisor());
+  }
+  constexpr float extremes[] = {0.0f, 0x1p-149f, std::numeric_limits<float>::min(),
+                                std::numeric_limits<float>::max(),
+                                std::numeric_limits<float>::infinity()};
+  for (const float v : extremes) {
+    for (const float d : {0x1p-27f, divisor(), 1.0f}) expect_same_quotient(v, d);
+  }
+}
 
 class CudaAdamWDtypes : public testing::TestWithParam<std::tuple<DType, DType>> {
  protected:

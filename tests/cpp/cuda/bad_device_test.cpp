@@ -107,7 +107,7 @@ TEST_F(CudaBadDevice, AStreamOfAnotherDeviceIsInvalidAndBothAreNamed) {
   const Stream own(0), other(1);
   dequantize(own);
   const std::vector<std::uint8_t> before = memory.bytes();
-  expect_invalid("nf4_dequantize: the stream belongs to cuda:1, but the tensors are on cuda:0",
+  expect_invalid("nf4_dequantize: the stream belongs to cuda:1, but the memory is on cuda:0",
                  [&] { dequantize(other); });
   EXPECT_EQ(memory.bytes(), before);
   device().current = 1;  // what counts is where the tensors are

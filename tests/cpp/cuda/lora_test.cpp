@@ -162,6 +162,13 @@ TEST_F(CudaEmulation, PlainLoRAKernelsGoRoundTheirGrid) {
   backward.expect_right();
 }
 
+TEST_F(CudaEmulation, LoRAExpandTakesSeveralTilesOfTokens) {
+  Generator generator{19};
+  LoRAForwardCase forward(DType::bfloat16, DType::float32, {1057 * 64 + 3, 8, 8, 3}, generator);
+  lora_forward(on_cuda(forward.arguments()), {});
+  forward.expect_right();
+}
+
 class CudaLoRADevice : public CudaEmulation {
  protected:
   Generator generator{18};

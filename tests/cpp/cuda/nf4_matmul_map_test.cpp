@@ -74,6 +74,26 @@ TEST(NF4FewTokensMap, ALanesColumnsAreOfOneBlock) {
   }
 }
 
+TEST(NF4FewTokensMap, SharedScalesComeFromALaneThatHasTheRowAndTheBlock) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int row = 0; row < 4; ++row) {  // of a lane's
+      const int forward = forward_scale_owner(lane, row);
+      EXPECT_EQ(forward / 4, lane / 4) << "the same rows";
+      EXPECT_EQ(forward % 2, row % 2) << "it loads rows of its parity";
+      EXPECT_EQ(forward_column(forward) / columns_per_scale(Direction::forward, 1),
+                forward_column(lane) / columns_per_scale(Direction::forward, 1));
+      const int grad = grad_scale_owner(lane, row);
+      EXPECT_EQ(grad % 4, lane % 4) << "the same rows";
+      EXPECT_EQ(grad / 4 % grad_rows_per_lane, row) << "it loads that row";
+      for (const int token_tiles : {1, 2, 4}) {
+        const int columns = grad_columns_per_lane(token_tiles);
+        const int shared = columns_per_scale(Direction::grad_input, token_tiles);
+        EXPECT_EQ(grad / 4 * columns / shared, lane / 4 * columns / shared);
+      }
+    }
+  }
+}
+
 TEST(NF4FewTokensMap, ALookUpUsesEveryBankOnce) {
   for (int half = 0; half < 2; ++half) {  // 8-byte reads go by half warps
     std::set<int> banks;

@@ -9,6 +9,7 @@
 #include "cuda/nf4_matmul_few_tokens.h"
 #include "cuda/nf4_matmul_few_tokens_map.h"
 #include "cuda/nf4_matmul_plain.h"
+#include "cuda/nf4_matmul_tiles.h"
 #include "support/expect_error.h"
 #include "support/stored_weight.h"
 
@@ -257,6 +258,18 @@ TEST_P(CudaFewTokens, ANaNTokenStaysAlone) {
   }
 }
 
+TEST_P(CudaFewTokens, RefuseMoreTokensThanPlanned) {
+  HostTensor input(dtype, {33, 64}), output(dtype, {33, 64});
+  StoredWeight weight(64, 64, 64, false);
+  expect_invalid(std::string(operation_of(direction)) +
+                     ", few tokens: there are 33 tokens, the plan has tiles for 32",
+                 [&] {
+                   cuda::launch_nf4_matmul_few_tokens(
+                       {direction, input.view(), output.view(), weight.view(), {}},
+                       {.token_tiles = 4, .split = 1, .thread_blocks = 1}, nullptr);
+                 });
+}
+
 // ---- the backend
 
 /// The name of the kernel that a call queues first: the emulated device refuses it, and the error
@@ -274,17 +287,23 @@ std::string kernel_of(const std::function<void()>& call) {
 }
 
 TEST_P(CudaMatmul, TheBackendRunsWhatIsPlanned) {
+  const std::string operation = operation_of(direction);
   const bool is_half = dtype != DType::float32;
   for (const std::int64_t m : {1, 8, 32}) {
     expect_product({m, 48, 96, 64}, true, is_forward, [&](const NF4Matmul& matmul) {
       EXPECT_EQ(kernel_of([&] { run(matmul); }),
-                is_half ? "NF4 product, few tokens" : "NF4 product, plain");
+                operation + (is_half ? ", few tokens" : ", plain"));
       run(matmul);
     });
   }
+  expect_product({33, 48, 96, 64}, true, is_forward, [&](const NF4Matmul& matmul) {
+    const bool is_tiles = cuda::nf4_matmul_tiles_supports(matmul, h200);
+    EXPECT_EQ(kernel_of([&] { run(matmul); }), operation + (is_tiles ? "" : ", plain"));
+    run(matmul);
+  });
   for (const Case& c : {Case{1, 48, 80, 64}, {1, 16, 33, 64}}) {  // k is no multiple of 32
     expect_product(c, true, false, [&](const NF4Matmul& matmul) {
-      EXPECT_EQ(kernel_of([&] { run(matmul); }), "NF4 product, plain");
+      EXPECT_EQ(kernel_of([&] { run(matmul); }), operation + ", plain");
       run(matmul);
     });
   }
@@ -293,7 +312,7 @@ TEST_P(CudaMatmul, TheBackendRunsWhatIsPlanned) {
 TEST_P(CudaMatmul, TheBackendTakesAnyAddress) {
   const std::size_t element = dtype == DType::float32 ? 4 : 2;
   const auto run_plain = [&](const NF4Matmul& matmul) {
-    EXPECT_EQ(kernel_of([&] { run(matmul); }), "NF4 product, plain");
+    EXPECT_EQ(kernel_of([&] { run(matmul); }), std::string(operation_of(direction)) + ", plain");
     run(matmul);
   };
   expect_product({2, 16, 64, 64}, true, false, run_plain, element, 0);

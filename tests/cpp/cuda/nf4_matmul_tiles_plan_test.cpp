@@ -48,6 +48,10 @@ TEST(NF4MatmulTilesPlan, SplitsSumsOnlyWhereThereAreFewTiles) {
   EXPECT_EQ(choose_plan(1024, 14336, 4096, h200).tokens, 128);
 }
 
+TEST(NF4MatmulTilesPlan, TakesTheSmallTileWhereAMultiprocessorHoldsOnlyOneOfTheLarge) {
+  EXPECT_EQ(choose_plan(1024, 14336, 4096, rtx_4090).tokens, 64);
+}
+
 TEST(NF4MatmulTilesPlan, TakesTheSmallTileWhereTheLargeOneDoesNotFit) {
   DeviceTraits small = h200;
   small.max_shared_bytes = shared_bytes(64);

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from qlora_native import quantize_model
+from qlora_native.cli import devices
 from qlora_native.cli.dataset import Columns, read_examples
 from qlora_native.cli.errors import CommandError
 from qlora_native.cli.main import main
@@ -66,7 +67,7 @@ def train(model_folder, data, tmp_path):
 
     def run(*options, model=model_folder, data=data):
         usual = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
-        usual += ["--lr", "1e-2", "--r", "4", "--batch-size", "3"]
+        usual += ["--lr", "1e-2", "--r", "4", "--batch-size", "3", "--device", "cpu"]
         return main(["train", *usual, *options])
 
     return run
@@ -138,6 +139,26 @@ def test_a_16_bit_model_gets_fp32_factors(train, model_folder, tmp_path):
 def test_max_steps_stops_early(train, tmp_path):
     assert train("--epochs", "9", "--max-steps", "2") == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 2
+
+
+def test_the_device_is_said_and_recorded(train, tmp_path, capsys):
+    assert train("--max-steps", "2") == 0
+    assert "parameters on cpu" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["device"] == "cpu"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw8bit"])
+def test_trains_on_a_gpu_and_saves(train, tmp_path, model_folder, optimizer):
+    assert train("--epochs", "5", "--optimizer", optimizer, "--device", "cuda") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["device"].startswith("cuda:")
+    assert metrics["losses"][-1] < metrics["losses"][0] - 0.5
+    assert metrics["peak_gpu_memory_bytes"] > metrics["weight_bytes"]
+    quantized = quantize_model(AutoModelForCausalLM.from_pretrained(model_folder).eval())
+    assert torch.isfinite(
+        load_lora(quantized, tmp_path / "out")(input_ids=torch.tensor([[1, 2, 3]])).logits
+    ).all()
 
 
 class TestExamples:
@@ -238,8 +259,14 @@ class TestErrors:
     def test_an_output_that_cannot_be(self, error_of, data):
         assert "--output" in error_of("--output", str(data / "below"))
 
+    def test_a_gpu_that_cannot_be_used(self, error_of, monkeypatch):
+        build = {"cuda_devices": [], "cuda_problems": ["no driver here"]}
+        monkeypatch.setattr(devices, "build_info", lambda: build)
+        assert "--device cuda: no driver here" in error_of("--device", "cuda")
+
     @pytest.mark.parametrize(
-        ("option", "value"), [("--lr", "-1"), ("--r", "0"), ("--optimizer", "sgd")]
+        ("option", "value"),
+        [("--lr", "-1"), ("--r", "0"), ("--optimizer", "sgd"), ("--device", "tpu")],
     )
     def test_bad_values_are_refused_by_the_parser(self, train, option, value, capsys):
         with pytest.raises(SystemExit) as error:

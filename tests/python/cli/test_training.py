@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora_native.cli.batches import Example, pad_batch, shuffled_batches
 from qlora_native.cli.errors import CommandError
 from qlora_native.cli.peak_memory import PeakMemory
-from qlora_native.cli.training import held_out_loss, lr_share, train_model
+from qlora_native.cli.training import held_out_loss, language_model_loss, lr_share, train_model
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def test_training_learns_and_measures(model):
     assert run.optimizer_state_bytes == 8 * parameters + 4 * len(list(model.parameters()))
     assert run.token_count == 40 / 3 * sum(len(e.input_ids) for e in EXAMPLES)
     assert run.peak_memory_bytes > 4 * 4 * parameters
+    assert run.peak_gpu_memory_bytes == 0
     assert run.tokens_per_second > 0
     assert not model.training
 
@@ -66,6 +68,22 @@ def test_held_out_loss_is_the_mean_over_labelled_tokens(model):
                 losses.append(-logits[position - 1].log_softmax(-1)[target].item())
     expected = sum(losses) / len(losses)
     assert held_out_loss(model, EXAMPLES, 5) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_goes_to_the_models_device():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, input_ids, labels, use_cache):
+            assert input_ids.is_meta
+            assert labels.is_meta
+            return SimpleNamespace(loss=self.weight.sum())
+
+    batch = pad_batch(EXAMPLES)
+    assert not batch.input_ids.is_meta
+    assert language_model_loss(Model(), batch).is_meta
 
 
 def test_held_out_loss_without_a_label_is_an_error(model):

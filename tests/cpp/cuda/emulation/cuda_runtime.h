@@ -122,12 +122,14 @@ inline void __syncthreads(std::source_location where = std::source_location::cur
 inline void __threadfence() {}
 
 inline unsigned long long atomicMin(unsigned long long* address, unsigned long long value) {
+  emulator::check_global(address);
   const unsigned long long old = *address;
   *address = std::min(old, value);
   return old;
 }
 
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  emulator::check_global(address);
   const unsigned old = *address;
   *address = old + value;
   return old;

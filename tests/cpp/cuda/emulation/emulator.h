@@ -7,8 +7,10 @@
 // touch without a barrier between (shared_memory.h); a copy's destination touched before the copy
 // is waited for; addresses out of range or unaligned.
 //
-// What it cannot show: races in global memory, speed, how a device rounds the sums in its tensor
-// cores, and what nvcc makes of the source.
+// To see where in a kernel that was, set a breakpoint on emulator::fail.
+//
+// What it cannot show: races in global memory, also between thread blocks, which run one after the
+// other; speed; how a device rounds the sums in its tensor cores; what nvcc makes of the source.
 #pragma once
 
 #include <array>
@@ -103,6 +105,12 @@ void shuffle(const char* instruction, unsigned mask, const void* mine, std::size
 
 /// The number of the fiber's lane.
 unsigned lane();
+
+/// Fails unless `address` is a multiple of `alignment`.
+void check_aligned(const void* address, std::size_t alignment);
+
+/// Fails if `address` is in shared memory, where only what follows is emulated.
+void check_global(const void* address);
 
 /// The thread block's shared memory, and what every access to it goes by.
 std::byte* shared_memory();

@@ -3,13 +3,15 @@
 #include <cstdint>
 #include <cstdlib>
 
-#if defined(__has_feature)
+#if defined(__SANITIZE_ADDRESS__)
+#define EMULATOR_HAS_ASAN
+#elif defined(__has_feature)
 #if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1
+#define EMULATOR_HAS_ASAN
 #endif
 #endif
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EMULATOR_HAS_ASAN)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -65,20 +67,20 @@ struct {
 
 void tell_before_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const void* bottom,
                         [[maybe_unused]] std::size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EMULATOR_HAS_ASAN)
   __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
 #endif
 }
 
 void tell_after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] const void** old_bottom,
                        [[maybe_unused]] std::size_t* old_bytes) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EMULATOR_HAS_ASAN)
   __sanitizer_finish_switch_fiber(fake_stack, old_bottom, old_bytes);
 #endif
 }
 
 void forget_variables([[maybe_unused]] const char* stack, [[maybe_unused]] std::size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EMULATOR_HAS_ASAN)
   ASAN_UNPOISON_MEMORY_REGION(stack, bytes);  // their red zones
 #endif
 }

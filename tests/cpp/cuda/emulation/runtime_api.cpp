@@ -73,12 +73,14 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   if (device().is_out_of_memory || emulator::is_to_fail()) return cudaErrorMemoryAllocation;
   *memory = std::malloc(bytes);
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xa5, bytes);  // poison: nothing may rely on fresh memory
   ++device().live_allocations;
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* memory) {
+  emulator::forget_managed(memory);
   std::free(memory);
   --device().live_allocations;
   return cudaSuccess;

@@ -29,14 +29,18 @@ void SharedMemory::begin_thread_block(std::size_t bytes, unsigned warps) {
   bytes_ = bytes;
   std::fill_n(data_, bytes, poison);
   if (shadow_.size() < bytes) shadow_.resize(bytes);
-  warp_barrier_.assign(warps, 0);
-  order_thread_block();
-  begin_ = clock_;
+  begin_ = ++clock_;
+  thread_block_barrier_ = {.stamp = begin_};
+  warp_barrier_.assign(warps, {.stamp = begin_});
 }
 
-void SharedMemory::order_thread_block() { thread_block_barrier_ = ++clock_; }
+void SharedMemory::order_thread_block(std::source_location where) {
+  thread_block_barrier_ = {++clock_, thread_block_barrier_.number + 1, where};
+}
 
-void SharedMemory::order_warp(unsigned warp) { warp_barrier_[warp] = ++clock_; }
+void SharedMemory::order_warp(unsigned warp, std::source_location where) {
+  warp_barrier_[warp] = {++clock_, warp_barrier_[warp].number + 1, where};
+}
 
 SharedMemory::Byte* SharedMemory::find(const void* address, std::size_t bytes,
                                        std::size_t alignment) {
@@ -55,16 +59,25 @@ SharedMemory::Byte* SharedMemory::find(const void* address, std::size_t bytes,
 }
 
 bool SharedMemory::is_ordered(unsigned thread, unsigned other, std::uint32_t stamp) const {
-  return thread == other || stamp < thread_block_barrier_ ||
-         (warp_of(thread) == warp_of(other) && stamp < warp_barrier_[warp_of(thread)]);
+  return thread == other || stamp < thread_block_barrier_.stamp ||
+         (warp_of(thread) == warp_of(other) && stamp < warp_barrier_[warp_of(thread)].stamp);
+}
+
+std::string SharedMemory::describe(const char* name, const Barrier& last) {
+  if (last.number == 0) return qlora::message("no ", name, " so far");
+  return qlora::message("the last ", name, " was number ", last.number, ", at ", text(last.where));
 }
 
 void SharedMemory::fail_unordered(const Byte& byte, unsigned thread, const char* verb,
                                   unsigned other, const char* others_verb) const {
-  const bool is_one_warp = warp_of(thread) == warp_of(other);
+  std::string barriers =
+      "__syncthreads between (" + describe("__syncthreads", thread_block_barrier_);
+  if (warp_of(thread) == warp_of(other)) {
+    barriers =
+        "__syncwarp or " + barriers + ", " + describe("__syncwarp", warp_barrier_[warp_of(thread)]);
+  }
   fail(qlora::message(verb, " byte ", &byte - shadow_.data(), " of shared memory, which thread ",
-                      other, " ", others_verb, ", with no ",
-                      is_one_warp ? "__syncwarp or __syncthreads" : "__syncthreads", " between"));
+                      other, " ", others_verb, ", with no ", barriers, ")"));
 }
 
 void SharedMemory::check_not_on_its_way(const Byte& byte, const char* verb) const {
@@ -77,12 +90,12 @@ void SharedMemory::check_not_on_its_way(const Byte& byte, const char* verb) cons
 
 void SharedMemory::note_reader(Byte& byte, unsigned thread) const {
   const auto reader = static_cast<std::uint16_t>(thread);
-  const bool is_first = byte.reader == nobody || byte.read < thread_block_barrier_;
+  const bool is_first = byte.reader == nobody || byte.read < thread_block_barrier_.stamp;
   const bool are_several_warps = !is_first && byte.other_reader != nobody &&
                                  warp_of(byte.other_reader) != warp_of(byte.reader);
   if (are_several_warps) return;
   const bool is_of_same_warp = !is_first && warp_of(byte.reader) == warp_of(thread);
-  if (is_first || (is_of_same_warp && byte.read < warp_barrier_[warp_of(thread)])) {
+  if (is_first || (is_of_same_warp && byte.read < warp_barrier_[warp_of(thread)].stamp)) {
     byte.reader = reader;
     byte.other_reader = nobody;
     byte.read = clock_;
@@ -141,6 +154,12 @@ void SharedMemory::end_copy(unsigned thread, const void* address, std::size_t by
   Byte* const first = find(address, bytes, bytes);
   for (Byte* byte = first; byte != first + bytes; ++byte) {
     *byte = {.written = clock_, .writer = static_cast<std::uint16_t>(thread)};
+  }
+}
+
+void check_global(const void* address) {
+  if (the_shared_memory().contains(address)) {
+    fail("uses shared memory in an instruction that is emulated for global memory alone");
   }
 }
 

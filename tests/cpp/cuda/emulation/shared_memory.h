@@ -9,6 +9,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <source_location>
+#include <string>
 #include <vector>
 
 namespace emulator {
@@ -18,11 +20,13 @@ class SharedMemory {
   /// Fresh memory of `bytes` bytes, none of them written, for a thread block of `warps` warps.
   void begin_thread_block(std::size_t bytes, unsigned warps);
 
-  /// What came before is ordered before what follows, for all threads or for those of a warp.
-  void order_thread_block();
-  void order_warp(unsigned warp);
+  /// A barrier `where`: what came before is ordered before what follows, for all threads or for
+  /// those of a warp.
+  void order_thread_block(std::source_location where);
+  void order_warp(unsigned warp, std::source_location where);
 
   std::byte* data() { return data_; }
+  bool contains(const void* address) const { return address >= data_ && address < data_ + bytes_; }
 
   // An access by `thread`; one that is out of range, unaligned or not ordered fails the run.
   void read(unsigned thread, const void* address, std::size_t bytes, std::size_t alignment);
@@ -46,6 +50,13 @@ class SharedMemory {
     bool is_on_its_way = false;
   };
 
+  /// The last one of its kind.
+  struct Barrier {
+    std::uint32_t stamp = 0, number = 0;  // since the thread block began
+    std::source_location where{};
+  };
+
+  static std::string describe(const char* name, const Barrier& last);
   Byte* find(const void* address, std::size_t bytes, std::size_t alignment);
   void note_reader(Byte& byte, unsigned thread) const;
   void check_not_on_its_way(const Byte& byte, const char* verb) const;
@@ -59,9 +70,9 @@ class SharedMemory {
   std::vector<std::byte> memory_;
   std::vector<Byte> shadow_;
   std::uint32_t clock_ = 0;
-  std::uint32_t begin_ = 0;                 // of the thread block
-  std::uint32_t thread_block_barrier_ = 0;  // the last one
-  std::vector<std::uint32_t> warp_barrier_;
+  std::uint32_t begin_ = 0;  // of the thread block
+  Barrier thread_block_barrier_;
+  std::vector<Barrier> warp_barrier_;
 };
 
 SharedMemory& the_shared_memory();

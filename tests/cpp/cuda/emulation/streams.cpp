@@ -1,7 +1,6 @@
 #include "cuda/emulation/streams.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,15 +18,12 @@ namespace {
   std::abort();
 }
 
-/// How often an event was recorded, and how many of these records were reached.
-struct Records {
-  std::uint64_t recorded = 0, reached = 0;
-};
-
 }  // namespace
 
 struct CUevent_st {
-  std::shared_ptr<Records> records = std::make_shared<Records>();
+  // Of the last record, whether it was reached. Who waits for it waits for that one, though the
+  // event be recorded again.
+  std::shared_ptr<bool> is_reached = std::make_shared<bool>(true);
 };
 
 struct CUstream_st {
@@ -152,6 +148,13 @@ bool is_on_device(const void* memory, std::size_t bytes) {
   return is_all;
 }
 
+void forget_managed(void* memory) {
+  const auto region = managed_regions.find(static_cast<std::byte*>(memory));
+  if (region == managed_regions.end()) return;
+  move(memory, region->second.bytes, false);
+  managed_regions.erase(region);
+}
+
 void wait_for(cudaStream_t stream) {
   if (is_made(stream)) run_until([&] { return stream->items.empty(); });
 }
@@ -198,10 +201,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  queue(stream, {[records = event->records, wanted = event->records->recorded] {
-                   return records->reached >= wanted;
-                 },
-                 [] {}});
+  queue(stream, {[is_reached = event->is_reached] { return *is_reached; }, [] {}});
   return cudaSuccess;
 }
 
@@ -219,18 +219,14 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  queue(stream, {[] { return true; },
-                 [records = event->records, reached = ++event->records->recorded] {
-                   records->reached = std::max(records->reached, reached);
-                 }});
+  event->is_reached = std::make_shared<bool>(false);
+  queue(stream, {[] { return true; }, [is_reached = event->is_reached] { *is_reached = true; }});
   return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   ++device().synchronize_count;
-  run_until([records = event->records, wanted = event->records->recorded] {
-    return records->reached >= wanted;
-  });
+  run_until([is_reached = event->is_reached] { return *is_reached; });
   return cudaSuccess;
 }
 

@@ -48,6 +48,9 @@ Streams& streams();
 void queue_kernel(cudaStream_t stream, const void* memory, std::size_t bytes,
                   std::function<void()> run);
 
+/// What cudaFree does to managed memory; nothing to other memory.
+void forget_managed(void* memory);
+
 /// Whether all of a piece of managed memory is on the device.
 bool is_on_device(const void* memory, std::size_t bytes);
 

@@ -3,24 +3,19 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <numeric>
-#include <random>
 #include <vector>
 
 #include "core/check.h"
 #include "cuda/emulation/copy_async.h"
 #include "cuda/emulation/emulator.h"
 #include "cuda/emulation/fiber.h"
+#include "cuda/emulation/sequence.h"
 #include "cuda/emulation/shared_memory.h"
 
 namespace emulator {
 namespace {
 
 using qlora::message;
-
-constexpr std::size_t shared_bytes_without_asking = 48 * 1024;
-constexpr unsigned max_threads = 1024;
-constexpr unsigned max_grid = 0x7fffffff;
 
 /// A place in a kernel where threads meet.
 struct Place {
@@ -66,11 +61,15 @@ ThreadBlock block;
 
 Warp& this_warp() { return *block.warps[block.running / lanes]; }
 
-std::string text(const Place& place) {
+std::string describe(const Place& place) {
   if (place.where.line() == 0) return place.instruction;
-  const std::string path = place.where.file_name();
-  return message(place.instruction, " (", path.substr(path.rfind('/') + 1), ":", place.where.line(),
-                 ")");
+  return message(place.instruction, " (", text(place.where), ")");
+}
+
+bool is_same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+bool is_same_place(const Place& a, const Place& b) {
+  return a.where.line() == b.where.line() && is_same_text(a.where.file_name(), b.where.file_name());
 }
 
 void record_failure(const std::string& what) {
@@ -78,13 +77,14 @@ void record_failure(const std::string& what) {
 }
 
 /// Whether the caller is the last to come, which then goes on at once; the others wait.
-bool meet(Rendezvous& rendezvous, const Place& place) {
+bool meet(Rendezvous& rendezvous, const Place& place, bool must_be_same_place = false) {
   if (rendezvous.arrived == 0) {
     rendezvous.place = place;
     rendezvous.first = block.running;
-  } else if (std::strcmp(rendezvous.place.instruction, place.instruction) != 0) {
-    fail(message("is in ", text(place), " while thread ", rendezvous.first, " waits in ",
-                 text(rendezvous.place)));
+  } else if (!is_same_text(rendezvous.place.instruction, place.instruction) ||
+             (must_be_same_place && !is_same_place(rendezvous.place, place))) {
+    fail(message("is in ", describe(place), " while thread ", rendezvous.first, " waits in ",
+                 describe(rendezvous.place)));
   }
   if (++rendezvous.arrived == rendezvous.expected) return true;
   Thread& thread = *block.threads[block.running];
@@ -100,9 +100,18 @@ void open(Rendezvous& rendezvous) {
   ++rendezvous.generation;
 }
 
+/// Thrown and caught on the same fiber: an exception cannot leave it.
+struct Failure {
+  std::string what;
+};
+
 void run_thread() {
-  (*block.body)();
-  check_no_copies_left();
+  try {
+    (*block.body)();
+    check_no_copies_left();
+  } catch (const Failure& failure) {
+    record_failure(message("thread ", block.running, " ", failure.what));
+  }
   block.threads[block.running]->is_done = true;
 }
 
@@ -110,25 +119,6 @@ void fiber_main() {
   run_thread();
   Fiber::finish();
 }
-
-/// 0 to count - 1, in the order that the test wants.
-class Sequence {
- public:
-  Sequence(unsigned count, std::mt19937& random) : numbers_(count), random_(random) {
-    std::iota(numbers_.begin(), numbers_.end(), 0u);
-    if (device().order == Order::descending) std::reverse(numbers_.begin(), numbers_.end());
-  }
-
-  /// The numbers; shuffled anew each time if they are to be.
-  const std::vector<unsigned>& next() {
-    if (device().order == Order::shuffled) std::shuffle(numbers_.begin(), numbers_.end(), random_);
-    return numbers_;
-  }
-
- private:
-  std::vector<unsigned> numbers_;
-  std::mt19937& random_;
-};
 
 /// Where the threads are that cannot go on.
 std::string describe_waiting() {
@@ -141,7 +131,7 @@ std::string describe_waiting() {
     if (thread.is_done || thread.waits_for == last) continue;
     last = thread.waits_for;
     if (++described <= 4) {
-      waiting += message("; thread ", t, " waits in ", text(last->place), " with ",
+      waiting += message("; thread ", t, " waits in ", describe(last->place), " with ",
                          last->arrived - 1, " others of ", last->expected - 1);
     }
   }
@@ -181,8 +171,14 @@ void run_threads(Index& thread_index, std::mt19937& random) {
   } while (!is_over());
 }
 
-void run_thread_block(unsigned threads, std::size_t shared_bytes, Index& thread_index,
-                      std::mt19937& random) {
+}  // namespace
+
+std::string run_thread_block(unsigned index, unsigned threads, std::size_t shared_bytes,
+                             const std::function<void()>& body, Index& thread_index,
+                             std::mt19937& random) {
+  block.index = index;
+  block.body = &body;
+  block.failure.clear();
   block.thread_count = threads;
   block.warp_count = (threads + lanes - 1) / lanes;
   block.rendezvous = {.expected = threads};
@@ -200,66 +196,31 @@ void run_thread_block(unsigned threads, std::size_t shared_bytes, Index& thread_
   the_shared_memory().begin_thread_block(shared_bytes, block.warp_count);
   forget_copies(threads);
   run_threads(thread_index, random);
+  return block.failure;
 }
-
-}  // namespace
 
 unsigned this_thread() { return block.running; }
 
-void fail(const std::string& what) {
-  record_failure(message("thread ", block.running, " ", what));
-  Fiber::finish();
+std::string text(std::source_location where) {
+  const std::string path = where.file_name();
+  return message(path.substr(path.rfind('/') + 1), ":", where.line());
 }
 
-cudaError_t run(const Launch& launch, Index& thread_index, Index& block_index, Index& grid_size,
-                const std::function<void()>& thread) {
-  if (launch.thread_blocks == 0 || launch.thread_blocks > max_grid || launch.threads == 0 ||
-      launch.threads > max_threads) {
-    return cudaErrorInvalidValue;
-  }
-  if (launch.shared_bytes > shared_bytes_without_asking &&
-      launch.shared_bytes > device().shared_bytes_of[launch.kernel]) {
-    return cudaErrorInvalidValue;
-  }
-  if (device().launch_error != cudaSuccess) return device().launch_error;
-  ++device().launch_count;
-  device().stream = launch.stream;
-  block.body = &thread;
-  block.failure.clear();
-  grid_size.x = std::min(launch.thread_blocks, device().max_thread_blocks);
-  std::mt19937 random(device().seed);
-  Sequence thread_blocks(grid_size.x, random);
-  for (const unsigned index : thread_blocks.next()) {
-    block.index = block_index.x = index;
-    run_thread_block(launch.threads, launch.shared_bytes, thread_index, random);
-    if (!block.failure.empty()) {
-      device().failure = block.failure;
-      return cudaErrorLaunchFailure;
-    }
-  }
-  return cudaSuccess;
-}
+void fail(const std::string& what) { throw Failure{what}; }
 
 void wait_for_thread_block(std::source_location where) {
-  Rendezvous& rendezvous = block.rendezvous;
-  if (rendezvous.arrived > 0 &&
-      (rendezvous.place.where.line() != where.line() ||
-       std::strcmp(rendezvous.place.where.file_name(), where.file_name()) != 0)) {
-    fail(message("is in ", text({"__syncthreads", where}), " while thread ", rendezvous.first,
-                 " waits in ", text(rendezvous.place)));
-  }
-  if (meet(rendezvous, {"__syncthreads", where})) {
-    the_shared_memory().order_thread_block();
-    open(rendezvous);
+  if (meet(block.rendezvous, {"__syncthreads", where}, true)) {
+    the_shared_memory().order_thread_block(where);
+    open(block.rendezvous);
   }
 }
 
 void wait_for_warp(unsigned mask, std::source_location where) {
   Warp& warp = this_warp();
   const Place place{"__syncwarp", where};
-  if (mask != all_lanes) fail(message("is in ", text(place), " without all lanes in its mask"));
+  if (mask != all_lanes) fail(message("is in ", describe(place), " without all lanes in its mask"));
   if (meet(warp.rendezvous, place)) {
-    the_shared_memory().order_warp(block.running / lanes);
+    the_shared_memory().order_warp(block.running / lanes, where);
     open(warp.rendezvous);
   }
 }
@@ -268,10 +229,10 @@ const Slots& exchange_in_warp(const char* instruction, unsigned mask, const void
                               std::size_t bytes, void (*work)(Slots&), std::source_location where) {
   Warp& warp = this_warp();
   const Place place{instruction, where};
-  if (mask != all_lanes) fail(message("is in ", text(place), " without all lanes in its mask"));
-  if (bytes > Slots::bytes_per_lane) fail(message("leaves too many bytes in ", text(place)));
+  if (mask != all_lanes) fail(message("is in ", describe(place), " without all lanes in its mask"));
+  if (bytes > Slots::bytes_per_lane) fail(message("leaves too many bytes in ", describe(place)));
   if (warp.rendezvous.expected != lanes) {
-    fail(message("is in ", text(place), " in a warp of fewer than 32 threads"));
+    fail(message("is in ", describe(place), " in a warp of fewer than 32 threads"));
   }
   Slots& slots = warp.slots[warp.rendezvous.generation % 2];
   std::memcpy(slots.of_lane[block.running % lanes].data(), mine, bytes);
@@ -280,6 +241,12 @@ const Slots& exchange_in_warp(const char* instruction, unsigned mask, const void
     open(warp.rendezvous);
   }
   return slots;
+}
+
+void check_aligned(const void* address, std::size_t alignment) {
+  if (reinterpret_cast<std::uintptr_t>(address) % alignment != 0) {
+    fail(message("touches memory at ", address, ", want a multiple of ", alignment));
+  }
 }
 
 unsigned lane() { return block.running % lanes; }

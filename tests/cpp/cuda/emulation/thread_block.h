@@ -1,22 +1,34 @@
-// The thread block that runs: what its fibers call.
+// One thread block: its fibers, and what they call.
 #pragma once
 
 #include <array>
 #include <cstddef>
+#include <functional>
+#include <random>
 #include <source_location>
 #include <string>
+
+#include "cuda/emulation/emulator.h"
 
 namespace emulator {
 
 inline constexpr unsigned lanes = 32;
 inline constexpr unsigned all_lanes = 0xffffffff;
 
+/// Runs `body` for each of `threads` threads. The reason why it failed, or nothing.
+std::string run_thread_block(unsigned index, unsigned threads, std::size_t shared_bytes,
+                             const std::function<void()>& body, Index& thread_index,
+                             std::mt19937& random);
+
 /// The thread that runs, in its thread block.
 unsigned this_thread();
 
-/// Ends the launch with an error that names the thread and says what it did: "reads byte 4 ...".
-/// Threads are left where they are. (An exception could not leave a fiber.)
+/// Ends the launch with an error that names this thread and says what it did: "reads byte 4 ...".
+/// The other threads are left where they are.
 [[noreturn]] void fail(const std::string& what);
+
+/// "kernel.cuh:12".
+std::string text(std::source_location where);
 
 /// What each lane leaves for the others.
 struct Slots {
