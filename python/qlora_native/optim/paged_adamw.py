@@ -162,7 +162,12 @@ class PagedAdamW(torch.optim.Optimizer):
         name = type(self).__name__
         for key in ("lr", "eps", "weight_decay"):
             if isinstance(group[key], Tensor) and group[key].is_cuda:
-                continue  # to look at it would wait for the device
+                if key == "lr":
+                    continue  # to look at it would wait for the device
+                raise ValueError(
+                    f"{name}: {key} is a tensor on {group[key].device}, want a number: only lr is "
+                    "read on a device"
+                )
             if not 0.0 <= float(group[key]) < math.inf:
                 raise ValueError(
                     f"{name}: {key} is {group[key]}, want a finite number of at least 0"
@@ -170,6 +175,11 @@ class PagedAdamW(torch.optim.Optimizer):
         if len(group["betas"]) != 2:
             raise ValueError(f"{name}: betas is {group['betas']}, want two numbers")
         for i, beta in enumerate(group["betas"]):
+            if isinstance(beta, Tensor) and beta.is_cuda:
+                raise ValueError(
+                    f"{name}: betas[{i}] is a tensor on {beta.device}, want a number: only lr is "
+                    "read on a device"
+                )
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name}: betas[{i}] is {beta}, want 0 <= beta < 1")
 

@@ -2,10 +2,12 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from qlora_native import PagedAdamW, PagedAdamW8bit
 from support import FLOAT_DTYPES, over_dtypes, same_bits
@@ -330,6 +332,19 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = [v for p in parameters for v in optimizer.state.get(p, {}).values()]
     return [t.detach().clone() for t in (*parameters, *states)]
+
+
+@over_both
+@pytest.mark.parametrize("setting", ["eps", "weight_decay", "betas[1]"])
+def test_a_number_on_a_gpu_is_refused_but_for_the_rate(optimizer_class, setting):
+    p = torch.nn.Parameter(torch.ones(3))
+    with FakeTensorMode():
+        number = torch.tensor(0.1, device="cuda:1")
+    optimizer_class([p], lr=number)
+    options = {"betas": (0.9, number)} if setting == "betas[1]" else {setting: number}
+    message = re.escape(f"{setting} is a tensor on cuda:1, want a number: only lr is read on a")
+    with pytest.raises(ValueError, match=message):
+        optimizer_class([p], **options)
 
 
 @over_both
