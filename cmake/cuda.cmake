@@ -11,10 +11,12 @@ if(NOT QLORA_CUDA STREQUAL "OFF")
   set(CMAKE_CUDA_ARCHITECTURES ${QLORA_CUDA_ARCHS})
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
-    enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
-      set(reason "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}, want 12.8 or newer")
+    # Asked before the language is enabled, where a compiler that does not know these architectures ends the configuration.
+    execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE nvcc_says ERROR_QUIET)
+    if(nvcc_says MATCHES "release ([0-9]+\\.[0-9]+)" AND CMAKE_MATCH_1 VERSION_LESS 12.8)
+      set(reason "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_MATCH_1}, want 12.8 or newer")
     else()
+      enable_language(CUDA)
       set(QLORA_HAS_CUDA ON)
       if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has C++20
         set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
@@ -65,7 +67,7 @@ function(qlora_add_cuda_backend target)
     CUDA_VISIBILITY_PRESET hidden)
   # Products must not be fused into sums: see qlora_flags.
   # A kernel that spills registers, or keeps an array in local memory, is slow: ptxas warns of it.
-  set(cuda_flags --fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra
+  set(cuda_flags --fmad=false --expt-relaxed-constexpr -Xcompiler=-ffp-contract=off,-Wall,-Wextra
     -Xptxas=--warn-on-spills,--warn-on-local-memory-usage)
   list(LENGTH QLORA_CUDA_ARCHS architecture_count)
   if(architecture_count GREATER 1)
