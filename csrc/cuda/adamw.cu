@@ -101,6 +101,7 @@ bool has_numbers_on_device(std::span<const Tensor> tensors, const AdamWStep& ste
 template <typename Tensor, typename LaunchStep>
 void launch_batches(std::span<const Tensor> tensors, const AdamWStep& step, const char* operation,
                     cudaStream_t stream, LaunchStep&& launch_step) {
+  check_driver(12010, operation, "a launch carries 30 KB of parameters");
   std::optional<StreamBuffer> memory;
   if (has_numbers_on_device(tensors, step)) {
     memory.emplace(sizeof(AdamWRule) * tensors_per_launch, stream, operation);

@@ -45,6 +45,7 @@ class CudaBackend final : public Backend {
     check_scales_aligned(out, operation);
     const DeviceGuard guard(w.device, operation);
     const cudaStream_t stream = stream_of(context);
+    cuda::check_stream(stream, operation);  // scratch memory and copies come before a launch
     cuda::refuse_capture(stream, operation);
     const cuda::StreamBuffer memory(cuda::NF4QuantizeScratch::bytes_for(out), stream, operation);
     const cuda::NF4QuantizeScratch scratch(memory.data(), out);
@@ -69,6 +70,7 @@ class CudaBackend final : public Backend {
                              const ExecutionContext& context) const override {
     check_scales_aligned(weight, "nf4_dequantize_absmax");
     const DeviceGuard guard(out.device, "nf4_dequantize_absmax");
+    cuda::check_stream(stream_of(context), "nf4_dequantize_absmax");  // plain scales are copied
     cuda::launch_nf4_dequantize_absmax(weight, out.as<float>(), stream_of(context));
   }
 

@@ -1,4 +1,5 @@
 #include "core/backend.h"
+#include "cuda/architectures.h"
 #include "cuda/runtime.h"
 
 namespace qlora {
@@ -28,9 +29,15 @@ CudaDeviceReport cuda_device_report() {
     note_problem([&] {
       const std::string name = name_of(device);
       const int capability = cuda::device_traits(device, name.c_str()).compute_capability;
-      report.usable.push_back(message(Device{DeviceType::cuda, device}, " ", name,
-                                      ", compute capability ", capability / 10, ".",
-                                      capability % 10));
+      const std::string described =
+          message(Device{DeviceType::cuda, device}, " ", name, ", compute capability ",
+                  capability / 10, ".", capability % 10);
+      if (!cuda::has_code_for(cuda_info().architectures, capability)) {
+        throw Unsupported(message(described, ": this build has code for ",
+                                  cuda_info().architectures,
+                                  " only; rebuild with QLORA_CUDA_ARCHS set to your device's"));
+      }
+      report.usable.push_back(described);
     });
   }
   return report;

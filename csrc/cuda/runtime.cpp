@@ -63,6 +63,9 @@ void throw_cuda_error(cudaError_t error, const char* what) {
       throw Unsupported(message(what, ": ", describe_driver()));
     case cudaErrorNoDevice: throw Unsupported(message(what, ": no CUDA device is visible"));
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorSymbolNotFound:
     case cudaErrorInvalidPtx:
     case cudaErrorJitCompilerNotFound:
     case cudaErrorJitCompilationDisabled:
@@ -75,6 +78,14 @@ void throw_cuda_error(cudaError_t error, const char* what) {
                               "spawn"));
     default: throw CudaError(reason);
   }
+}
+
+void check_driver(int version, const char* operation, const char* reason) {
+  int driver = 0;
+  check_cuda(cudaDriverGetVersion(&driver), operation);
+  if (driver >= version) return;
+  throw Unsupported(message(operation, ": the NVIDIA driver is for CUDA ", version_text(driver),
+                            ", want ", version_text(version), " or newer: ", reason));
 }
 
 void throw_launch_error(cudaError_t error, const char* operation, cudaStream_t stream) {

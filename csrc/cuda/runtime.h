@@ -68,6 +68,10 @@ class StreamBuffer {
   bool is_pooled_;
 };
 
+/// Throws Unsupported unless the driver is for CUDA `version` (1000 * major + 10 * minor) or newer.
+/// `reason` says what needs it.
+void check_driver(int version, const char* operation, const char* reason);
+
 /// Throws Unsupported, for the given reason, while `stream` records a CUDA graph.
 void refuse_capture(cudaStream_t stream, const char* operation,
                     const char* reason =

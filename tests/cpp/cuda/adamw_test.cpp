@@ -238,6 +238,17 @@ TEST_P(CudaAdamW, ANaNGradientIsSeenWhereTheCpuShowsIt) {
   }
 }
 
+TEST_P(CudaAdamW, AnOldDriverIsUnsupported) {
+  std::vector<Parameter> list = {make_parameter({.is_8bit = is_8bit}, 700, generator)};
+  DeviceList on_device(list);
+  emulator::device().driver_version = 12000;
+  expect_error<Unsupported>(
+      message(is_8bit ? "adamw8bit_step" : "adamw_step",
+              ": the NVIDIA driver is for CUDA 12.0, want 12.1 or newer: a launch carries 30 KB of "
+              "parameters"),
+      [&] { step_list(on_device.views(), is_8bit, step_number(1)); });
+}
+
 TEST_P(CudaAdamW, StepsCanBeCapturedAndRunOnTheCallersStream) {
   std::vector<Parameter> list = make_list(true);
   DeviceList on_device(list);

@@ -75,9 +75,10 @@ TEST_F(CudaBadDevice, AnErrorOfAForkedChildSaysWhatToDo) {
 }
 
 TEST_F(CudaBadDevice, CodeThatTheDeviceCannotRunIsUnsupported) {
-  for (const cudaError_t error :
-       {cudaErrorNoKernelImageForDevice, cudaErrorInvalidPtx, cudaErrorUnsupportedPtxVersion,
-        cudaErrorJitCompilerNotFound, cudaErrorJitCompilationDisabled}) {
+  for (const cudaError_t error : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction,
+                                  cudaErrorInvalidKernelImage, cudaErrorSymbolNotFound,
+                                  cudaErrorInvalidPtx, cudaErrorUnsupportedPtxVersion,
+                                  cudaErrorJitCompilerNotFound, cudaErrorJitCompilationDisabled}) {
     device().launch_error = error;
     expect_error<Unsupported>(
         "nf4_dequantize: cudaError: as the emulator was told; this build has code for emulated, "
@@ -113,6 +114,22 @@ TEST_F(CudaBadDevice, AStreamOfAnotherDeviceIsInvalidAndBothAreNamed) {
   device().current = 1;  // what counts is where the tensors are
   dequantize(own);
   EXPECT_THROW(dequantize(other), InvalidArgument);
+}
+
+TEST_F(CudaBadDevice, CopiesAreNotQueuedOnAStreamOfAnotherDevice) {
+  const Stream other(1);
+  StoredWeight plain_stored(64, 64, 64, false);
+  HostTensor absmax(DType::float32, {64});
+  NF4Weight plain = plain_stored.view();
+  TensorView out = absmax.view();
+  for (TensorView* view : {&plain.codes, &plain.absmax, &out}) view->device = dense.device;
+  const std::vector<std::uint8_t> before = absmax.bytes();
+  expect_invalid("nf4_dequantize_absmax: the stream belongs to cuda:1, but the memory is on cuda:0",
+                 [&] { nf4_dequantize_absmax(plain, out, {.stream = cudaStream_t{other}}); });
+  EXPECT_EQ(absmax.bytes(), before);
+  expect_invalid("nf4_quantize: the stream belongs to cuda:1, but the memory is on cuda:0",
+                 [&] { nf4_quantize(dense, weight, {.stream = cudaStream_t{other}}); });
+  EXPECT_TRUE(streams().queued.empty());
 }
 
 TEST_F(CudaBadDevice, AStreamOfAnotherDeviceIsAnErrorTooWhereTheDriverCannotNameIt) {
