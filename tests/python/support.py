@@ -276,6 +276,31 @@ def dispatcher() -> Iterator[list[str]]:
         yield mode.seen
 
 
+# ---- a GPU that lags behind
+
+
+def delay_the_gpu() -> None:
+    """Work queued from here on the current stream starts some 100 ms late, long after the host."""
+    torch.cuda._sleep(200_000_000)
+
+
+@contextlib.contextmanager
+def the_host_may_not_wait() -> Iterator[None]:
+    """The GPU sleeps at first: if the sleep is over at the end, something has waited for it."""
+    torch.cuda.synchronize()
+    delay_the_gpu()
+    slept = torch.cuda.Event()
+    slept.record()
+    torch.cuda.set_sync_debug_mode("error")  # knows of torch's own waits, and where they are
+    try:
+        yield
+        has_waited = slept.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    assert not has_waited
+
+
 # ---- a process of its own
 
 
