@@ -3,6 +3,7 @@
 The same on CPU tensors by the wall clock: no measurement, but every row runs where there is no GPU.
 """
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -78,10 +79,10 @@ def _turn_of(one: Round, device: torch.device, clock: str) -> tuple[Callable[[],
     except Exception as error:
         # A peer may wait for the GPU where a capture forbids it; ours may not.
         torch.cuda.synchronize()
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return (
             _repeated(one, len(one.items), _event_seconds),
-            f"timed with its host part: it cannot be captured ({reason[:80]})",
+            f"timed with its host part: it cannot be captured ({reason[:80]}){_generator_remark()}",
         )
     return _repeated(graph.replay, len(one.items), _event_seconds), ""
 
@@ -96,12 +97,29 @@ def _captured(one: Round) -> torch.cuda.CUDAGraph:
             graph.capture_begin()
             try:
                 one()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # This ends the capture but raises, as it is no longer valid; why that is so is what
+                # the first error says.
+                with contextlib.suppress(Exception):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
     finally:
         if is_enabled:
             gc.enable()
     return graph
+
+
+def _generator_remark() -> str:
+    """Empty, unless torch's generator still takes itself for captured, which fails all that draws.
+
+    torch unregisters it at the end of a capture, but not of one that fails.
+    """
+    try:
+        torch.rand(1, device="cuda")
+    except RuntimeError as error:
+        return f"; since then torch draws no random numbers ({str(error).strip()[:80]})"
+    return ""
 
 
 def _repeated(

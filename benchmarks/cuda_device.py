@@ -113,12 +113,12 @@ def copies_past_l2(make: Callable[[], T], bytes_each: int, device: torch.device)
 
 
 def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip()
+    return done.stdout.splitlines()[0].strip()  # a line for each GPU: they share a driver
 
 
 def limits_of(header: dict) -> CudaLimits | None:

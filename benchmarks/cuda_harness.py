@@ -41,7 +41,7 @@ def run_work(work: Work, limits: CudaLimits, device: torch.device, seconds: floa
 
 
 def try_work(run: Callable[[], Row]) -> tuple[Row | None, str]:
-    """A row, or why there is none: a run on a rented machine goes on after a row that fails."""
+    """A row, or why there is none: the run goes on after a row that fails or is wrong."""
     try:
         return run(), ""
     except (Exception, SystemExit) as error:

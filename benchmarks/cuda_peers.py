@@ -1,10 +1,17 @@
 """Neighbours to compare with, each only where it can be imported and gives the right result."""
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
 from cuda_clock import Round
+
+# As they are imported, transformers and bitsandbytes look on a hub for faster kernels, with the
+# package `kernels`: without a network a run would wait, and with one it would time other code.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # so it cannot be imported
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:

@@ -21,8 +21,11 @@ def markdown(header: dict[str, Any], rows: list[Row]) -> str:
         lines += ["", f"{met} of {len(verdicts)} goals met."]
     failures: dict[str, str] = header.get("failures", {})
     if failures:
-        lines += ["", "Not measured:"]
+        lines += ["", "Failed:"]
         lines += [f"- {work}: {reason}" for work, reason in failures.items()]
+    not_begun: list[str] = header.get("not_begun", [])
+    if not_begun:
+        lines += ["", f"Not begun, as the time was over: {'; '.join(not_begun)}."]
     notes = list(header.get("missing_peers", []))
     notes += dict.fromkeys(f"{row.work}: {note}" for row in rows for note in row.notes)
     if notes:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, in at most 9 minutes and without a network: builds for
-# the card's architecture alone, runs the C++ tests, pytest and compute-sanitizer on it, then the
-# benchmark.
+# the card's architecture alone, compares every operation with the CPU, runs pytest, the benchmark,
+# the C++ tests and compute-sanitizer, and reads the kernels' machine code.
 #
 #   benchmarks/gpu_check.sh [--dry-run] [OUT]    OUT: where results go, default benchmarks/results
 #
-# Needs an NVIDIA driver, nvcc (12.8 or newer), a C++20 compiler, CMake, Ninja, and a Python with torch
-# (for CUDA), pytest, pybind11 and scikit-build-core. What else is missing is skipped with the reason.
+# Needs an NVIDIA driver, nvcc (12.8 or newer), a C++20 compiler, CMake, Ninja, and a Python with pip,
+# torch (for CUDA), pytest, pybind11 and scikit-build-core. Used where they are, else skipped with the
+# reason: compute-sanitizer, GoogleTest, cuobjdump with nvdisasm; bitsandbytes, PEFT, transformers.
 #
 #   PYTHON                    the Python to use, default python3
 #   QLORA_PEERS               a folder for PYTHONPATH with packages to compare with, default .peers
@@ -14,10 +15,13 @@
 #                             .peers/gtest; a GoogleTest of the system is found without
 #   QLORA_GPU_CHECK_SECONDS   less time than the 540 s; all stages then get less
 #   QLORA_GPU_CHECK_BUILD     the folder to build in, default build/gpu_check
+#   CUDA_HOME                 a toolkit whose tools are used where PATH lacks them, default
+#                             /usr/local/cuda
+#   CUDA_VISIBLE_DEVICES      which GPU: the first that torch sees is checked
 #
-# A stage that fails, or does not end in time, does not stop the others. The exit status is 0 if none
-# failed, 1 if one did, 2 if there is nothing to check (no GPU, or a tool is missing). The card's
-# settings are left as they are.
+# A stage that fails, or does not end in time, does not stop the others; what was skipped is named at
+# the end. The exit status is 0 if no stage failed, 1 if one did, 2 if there is nothing to check (no
+# GPU, or a tool is missing). The card's settings are left as they are.
 set -euo pipefail
 self=$(readlink -f "${BASH_SOURCE[0]}")
 cd "$(dirname "$self")/.."
@@ -26,18 +30,19 @@ cd "$(dirname "$self")/.."
 # it left over.
 planned_seconds=540
 total_seconds=${QLORA_GPU_CHECK_SECONDS:-$planned_seconds}
-reserved_seconds=$((10 * total_seconds / planned_seconds)) # for ending what does not end by itself, and for the summary
+reserved_seconds=$((15 * total_seconds / planned_seconds)) # for ending what does not end by itself, and for the summary
 stages=(
   "machine|15|says what there is: driver, GPU, toolkit, Python, torch"
   "extension|110|pip install, without a network, for the card's architecture alone"
-  "cpp-tests|80|CMake builds qlora_cuda_tests, if there is a GoogleTest"
-  "googletest|25|runs every operation on the device against the CPU"
-  "pytest|70|pytest -m cuda"
-  "memcheck|40|compute-sanitizer on qlora_cuda_tests: accesses outside of memory"
-  "racecheck|40|the same: races in shared memory"
-  "initcheck|25|the same: reads of memory that nobody wrote"
-  "resources|15|registers, memory and instructions of every kernel, by cuobjdump"
-  "bench|110|benchmarks/bench_cuda.py"
+  "small-cases|15|every operation on small odd shapes, against the CPU"
+  "pytest|150|pytest -m 'cuda and not slow'"
+  "bench|105|benchmarks/bench_cuda.py"
+  "cpp-tests|35|CMake builds qlora_cuda_tests beside the extension, if there is a GoogleTest"
+  "googletest|10|its tests: the device, and the codec against golden files"
+  "memcheck|30|compute-sanitizer on the small cases: accesses outside of memory"
+  "racecheck|30|the same: races in shared memory"
+  "initcheck|15|the same: reads of memory that nobody wrote"
+  "resources|10|registers, memory and instructions of every kernel, by cuobjdump"
 )
 
 python=${PYTHON:-python3}
@@ -45,11 +50,12 @@ peers=${QLORA_PEERS:-$PWD/.peers}
 gtest_root=${QLORA_GTEST_ROOT:-$PWD/.peers/gtest}
 build=${QLORA_GPU_CHECK_BUILD:-$PWD/build/gpu_check}
 site=$build/site
-cpp_tests=$build/cpp/tests/cpp/cuda/qlora_cuda_tests
+cpp_tests=$build/extension/tests/cpp/cuda/qlora_cuda_tests
 skipped_status=77
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INDEX=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export PYTHONPATH="$site:$peers${PYTHONPATH:+:$PYTHONPATH}"
 export QLORA_REQUIRE_GPU=1 # a test that finds no GPU here fails instead of being skipped
+small_cases=tests/python/cuda_small_cases.py
 
 skip() {
   printf '%s\n' "$*" >"$build/reason"
@@ -61,45 +67,47 @@ die() {
   exit 1
 }
 
-query() { nvidia-smi --id=0 --format=csv,noheader --query-gpu="$1"; }
-
-# The entry of QLORA_CUDA_ARCHS for this card: 90a-real for compute capability 9.0.
-architecture() {
-  local capability
-  capability=$(query compute_cap) || return 1
-  case $capability in
-    9.0) echo 90a-real ;;
-    [0-9]*.[0-9]) echo "${capability/./}-real" ;;
-    *) die "nvidia-smi says that the compute capability is '$capability'" ;;
-  esac
-}
+# What the stage "machine" found out of torch's first GPU, the one that all stages use.
+card() { sed -n "s/^$1: //p" "$build/card"; }
 
 stage_machine() {
-  local tool module missing=()
-  for tool in nvidia-smi nvcc cmake ninja "$python"; do
+  local tool module missing=() reason
+  for tool in nvcc cmake ninja "$python"; do
     command -v "$tool" >/dev/null || missing+=("$tool")
   done
   if [ ${#missing[@]} -eq 0 ]; then
-    for module in torch pytest pybind11 scikit_build_core; do
+    for module in pip torch pytest pybind11 scikit_build_core; do
       "$python" -c "import $module" >/dev/null 2>&1 || missing+=("Python's $module")
     done
   fi
   if [ ${#missing[@]} -gt 0 ]; then
     die "missing: $(IFS=,; echo "${missing[*]}")"
   fi
-  query name,driver_version,compute_cap,memory.total || die "nvidia-smi finds no GPU"
-  echo "architecture to build: $(architecture)"
+  if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --format=csv,noheader --query-gpu=name,driver_version,memory.total || true
+  fi
   nvcc --version | tail -n 2
-  "$python" -c '
+  # QLORA_CUDA_ARCHS calls compute capability 9.0 90a-real, 8.6 86-real.
+  if ! "$python" - >"$build/card" 2>"$build/reason" <<'END'; then
 import sys, torch
-print("Python", sys.version.split()[0], "torch", torch.__version__)
-sys.exit("torch sees no GPU" if not torch.cuda.is_available() else 0)' || die "torch sees no GPU"
+if not torch.cuda.is_available():
+    sys.exit("torch sees no GPU")
+major, minor = torch.cuda.get_device_capability(0)
+print(f"name: {torch.cuda.get_device_name(0)}")
+print(f"architecture: {major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real")
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__} for CUDA {torch.version.cuda}")
+END
+    reason=$(tail -n 1 "$build/reason")
+    die "${reason:-torch sees no GPU}"
+  fi
+  rm -f "$build/reason" # a warning of torch's, maybe
+  cat "$build/card"
 }
 
 stage_extension() {
   "$python" -m pip install --no-build-isolation --no-deps --upgrade --target "$site" \
     -C build-dir="$build/extension" -C cmake.define.QLORA_CUDA=ON \
-    -C cmake.define.QLORA_CUDA_ARCHS="$(architecture)" .
+    -C cmake.define.QLORA_CUDA_ARCHS="$(card architecture)" -C cmake.define.QLORA_BUILD_TESTS=OFF .
   if ! "$python" - "$site" <<'END'; then
 import sys, qlora_native
 print(qlora_native.__file__, qlora_native.build_info())
@@ -110,18 +118,19 @@ END
   fi
 }
 
+# In the extension's build folder, where the library is compiled already: the tests alone are new.
 stage_cpp_tests() {
+  require_extension
   local log=$build/configure.log
-  if ! cmake -S . -B "$build/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DQLORA_BUILD_PYTHON=OFF \
-    -DQLORA_BUILD_TESTS=ON -DQLORA_FETCH_GTEST=OFF -DCMAKE_PREFIX_PATH="$gtest_root/usr" \
-    -DQLORA_CUDA=ON -DQLORA_CUDA_ARCHS="$(architecture)" >"$log" 2>&1; then
-    cat "$log"
+  if ! cmake -S . -B "$build/extension" -DQLORA_BUILD_TESTS=ON -DQLORA_FETCH_GTEST=OFF \
+    -DGTest_ROOT="$gtest_root/usr" >"$log" 2>&1; then
     if grep -q "GoogleTest is not available" "$log"; then
       skip "there is no GoogleTest: neither of the system nor in $gtest_root"
     fi
+    cat "$log"
     return 1
   fi
-  cmake --build "$build/cpp" --target qlora_cuda_tests
+  cmake --build "$build/extension" --target qlora_cuda_tests
 }
 
 require_cpp_tests() { [ -x "$cpp_tests" ] || skip "qlora_cuda_tests was not built"; }
@@ -132,19 +141,29 @@ stage_googletest() {
   "$cpp_tests" --gtest_brief=1
 }
 
+stage_small_cases() {
+  require_extension
+  "$python" "$small_cases"
+}
+
 stage_pytest() {
   require_extension
   local files
   # The others need not even be imported: they may want packages that are not here.
   mapfile -t files < <(grep -rlE 'mark\.cuda' tests/python --include='test_*.py' | sort)
-  "$python" -m pytest -q -m cuda -p no:cacheprovider "${files[@]}"
+  "$python" -m pytest -q -m "cuda and not slow" -p no:cacheprovider --continue-on-collection-errors \
+    --durations=15 --tb=short -rfE --junitxml="$OUT/pytest.xml" "${files[@]}"
 }
 
 sanitize() {
-  require_cpp_tests
-  command -v compute-sanitizer >/dev/null || skip "there is no compute-sanitizer"
-  local log=$build/$1.log
-  if compute-sanitizer --tool "$1" --error-exitcode 9 "$cpp_tests" --gtest_brief=1 >"$log" 2>&1; then
+  require_extension
+  local tool log=$build/$1.log
+  tool=$(command -v compute-sanitizer) || tool=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
+  [ -x "$tool" ] || skip "there is no compute-sanitizer"
+  # A tensor is then an allocation of its own, with bounds that memcheck sees.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  if "$tool" --tool "$1" --target-processes all --error-exitcode 9 \
+    "$python" "$small_cases" >"$log" 2>&1; then
     tail -n 5 "$log"
   elif grep -q "Device not supported" "$log"; then
     skip "compute-sanitizer does not support this device, or this virtual machine"
@@ -156,17 +175,21 @@ sanitize() {
 
 stage_resources() {
   require_extension
-  if ! command -v cuobjdump >/dev/null || ! command -v nvdisasm >/dev/null; then
-    skip "there is no cuobjdump, or no nvdisasm"
+  local status=0
+  "$python" tests/python/cuda_resources.py >"$OUT/cuda_resources.md" 2>"$build/resources.log" ||
+    status=$?
+  if [ "$status" = "$skipped_status" ]; then
+    rm -f "$OUT/cuda_resources.md"
+    skip "$(tail -n 1 "$build/resources.log")"
   fi
-  "$python" tests/python/cuda_resources.py >"$OUT/cuda_resources.md"
-  tail -n +3 "$OUT/cuda_resources.md"
+  cat "$build/resources.log" "$OUT/cuda_resources.md"
+  return "$status"
 }
 
 stage_bench() {
   require_extension
   local name status=0
-  name=cuda_$(query name | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' _)
+  name=cuda_$(card name | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' _)
   # It begins no row in the last ten seconds, so that it ends by itself and writes what it has.
   "$python" benchmarks/bench_cuda.py --json "$OUT/$name.json" \
     --budget $((STAGE_SECONDS > 20 ? STAGE_SECONDS - 10 : 10)) || status=$?
@@ -181,6 +204,7 @@ do_stage() {
     machine) stage_machine ;;
     extension) stage_extension ;;
     cpp-tests) stage_cpp_tests ;;
+    small-cases) stage_small_cases ;;
     googletest) stage_googletest ;;
     pytest) stage_pytest ;;
     memcheck | racecheck | initcheck) sanitize "$1" ;;
@@ -197,7 +221,8 @@ kept_seconds() {
   echo $((limit * total_seconds / planned_seconds))
 }
 
-# Runs a stage in a process of its own, so that its time can be limited, and notes its verdict.
+# Runs a stage in a process of its own, so that its time can be limited, and notes its verdict. Out of
+# time it is interrupted, as by Ctrl-C, upon which pytest says what it has found so far.
 run_stage() {
   local name=$1 limit=$2 begin=$SECONDS status=0 verdict reason=""
   rm -f "$build/reason"
@@ -205,8 +230,8 @@ run_stage() {
   if [ "$limit" -lt 1 ]; then
     verdict=failed reason="no time was left"
   else
-    STAGE_SECONDS=$limit OUT=$out timeout --kill-after=5 "$limit" \
-      bash "$self" --stage "$name" || status=$?
+    STAGE_SECONDS=$limit OUT=$out timeout --signal=INT --kill-after=10 "$limit" \
+      env --default-signal=INT bash "$self" --stage "$name" || status=$?
     if [ -f "$build/reason" ]; then reason=$(<"$build/reason"); fi
     case $status in
       0) verdict=passed ;;
@@ -227,6 +252,7 @@ summarise() {
   while IFS=$'\t' read -r name verdict seconds reason; do
     printf '%-12s %-8s %5d  %s\n' "$name" "$verdict" "$seconds" "$reason"
   done <"$build/verdicts"
+  awk -F '\t' '$2 == "skipped" { print "NOT CHECKED: " $1 " (" $4 ")" }' "$build/verdicts"
   printf '%d s in all; results are in %s\n' "$SECONDS" "$out"
   awk -F '\t' -v total="$SECONDS" '
     function text(s) { gsub(/[\\"]/, "\\\\&", s); return "\"" s "\"" }

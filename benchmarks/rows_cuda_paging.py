@@ -16,9 +16,7 @@ _STRATEGIES = {"cuda": ("automatic", "pinned"), "cpu": ("ordinary",)}
 
 
 def works(device: torch.device) -> Iterator[Work]:
-    """None in a build that has no PagedBuffer."""
-    if not hasattr(_core, "PagedBuffer"):
-        return
+    """One for each way in which the device can page."""
     for strategy in _STRATEGIES[device.type]:
         size = f"{_PAGES[device.type]} pages, {strategy}"
         yield Work("paging", size, lambda s=strategy: _paging(s, device))

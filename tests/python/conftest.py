@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-import qlora_native
+from qlora_native import _core
 from qlora_native.ops import kernel_choice
 from support import CUDA_TEST_DEVICE, FLOAT_DTYPES, SWITCH
 
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     if CUDA_TEST_DEVICE == "cpu":
         reason = "QLORA_TEST_CUDA_DEVICE is cpu"
-    elif not qlora_native.build_info()["cuda"]:
+    elif not _core.build_info()["cuda"]:
         reason = "this build has no CUDA backend"
     elif not torch.cuda.is_available():
         reason = "torch sees no GPU"

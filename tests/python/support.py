@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_native import LoRALinear, NF4Linear
+from qlora_native import LoRALinear, NF4Linear, NF4Weight
 
 # Where the tests marked `cuda` run; conftest.py says what "cpu" is good for.
 CUDA_TEST_DEVICE = os.environ.get("QLORA_TEST_CUDA_DEVICE", "cuda")
@@ -274,6 +274,69 @@ def dispatcher() -> Iterator[list[str]]:
     """Inside, calls take the dispatcher's door; yields the operators that it saw."""
     with _PassThrough() as mode:
         yield mode.seen
+
+
+# ---- a GPU that lags behind
+
+
+def delay_the_gpu() -> None:
+    """Work queued from here on the current stream starts some 100 ms late, long after the host."""
+    torch.cuda._sleep(200_000_000)
+
+
+@contextlib.contextmanager
+def the_host_may_not_wait() -> Iterator[None]:
+    """The GPU sleeps at first: if the sleep is over at the end, something has waited for it."""
+    torch.cuda.synchronize()
+    delay_the_gpu()
+    slept = torch.cuda.Event()
+    slept.record()
+    torch.cuda.set_sync_debug_mode("error")  # knows of torch's own waits, and where they are
+    try:
+        yield
+        has_waited = slept.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    assert not has_waited
+
+
+# ---- codes of another quantiser
+
+NF4_LEVELS = torch.tensor(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]
+)  # fmt: skip
+
+
+def differs_only_near_thresholds(w: Tensor, ours: NF4Weight, codes: Tensor) -> bool:
+    """Whether every code (flat, two a byte) is ours, or as near by an error of 1.5 ulp of w/absmax.
+
+    w/absmax as w times the reciprocal of absmax has a rounding of each: ours is off by 2 * 2**-24
+    at most, as a part of it. bitsandbytes' CUDA kernel is compiled with --use_fast_math, so its
+    reciprocal is off by an ulp, 2**-23, and its quotient by 3 * 2**-24. Of two numbers that are
+    off so little, a threshold lies between only if it is within 3 * 2**-24 of the exact quotient:
+    2**-22 has room for the products of the errors. The codes are then neighbours. No quotient of
+    two bf16 numbers is that near, so of bf16 weights all codes must be ours.
+    """
+    ours_, theirs = (_unpacked(one)[: w.numel()] for one in (ours.codes.flatten(), codes.flatten()))
+    differs = (ours_ != theirs).nonzero().flatten()
+    absmax = ours.absmax.double()[differs // ours.tensors.block_size]
+    quotient = w.flatten()[differs].double() / absmax
+    lower = torch.minimum(ours_, theirs)[differs].long()
+    levels = NF4_LEVELS.to(w.device)
+    threshold = ((levels[:-1] + levels[1:]) / 2).double()[lower.clamp(max=14)]
+    is_near = (quotient - threshold).abs() <= 2.0**-22 * threshold.abs()
+    are_neighbours = (ours_.int() - theirs.int()).abs()[differs] == 1
+    return bool((is_near & are_neighbours).all())
+
+
+def _unpacked(codes: Tensor) -> Tensor:
+    return torch.stack((codes >> 4, codes & 15), dim=1).flatten()
 
 
 # ---- a process of its own

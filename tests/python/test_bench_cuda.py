@@ -1,5 +1,7 @@
 """The CUDA benchmark without a GPU: goals, floors, statistics, the table; all rows on a CPU."""
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from cuda_clock import Round
 from cuda_device import COPY, GEMM, LINK, CudaLimits
 from goals import BNB, CUDA_GOALS, LIMIT, OWN_ONE_TOKEN, Goal, judge
 from harness import OURS, Case, Row, Times, Work
+from support import run_python
 
 BENCHMARKS = Path(bench_cuda.__file__).parent
 CPU = torch.device("cpu")
@@ -70,10 +73,17 @@ def test_a_goal_without_its_contender_has_no_verdict():
 
 def test_every_goal_is_of_a_row_that_there_is():
     works = list(bench_cuda.all_works(["4096x4096", "4096x14336"], CPU, quick=False))
-    keys = {work.key for work in works} | {"paging"}  # which needs a device
+    keys = {work.key for work in works}
     sizes = {work.size for work in works}
     assert {goal.key for goal in CUDA_GOALS} <= keys
     assert {size for goal in CUDA_GOALS for size in goal.sizes} <= sizes
+
+
+def test_a_run_whose_time_is_short_has_some_of_everything():
+    works = list(bench_cuda.all_works(["4096x4096", "4096x14336"], CPU, quick=False))
+    second = next(i for i, work in enumerate(works) if "14336" in work.size)
+    assert {work.key for work in works[:second]} == {work.key for work in works}
+    assert all("14336" in work.size for work in works[second:])
 
 
 def test_the_names_of_rows_are_distinct():
@@ -125,6 +135,49 @@ def test_contenders_take_turns_and_a_time_is_of_one_call(monkeypatch):
     assert notes == []
     assert log.count("a1") == log.count("a2")
     assert "b1" in log[log.index("a1") : -log[::-1].index("a1")]
+
+
+class FakeGraph:
+    """A capture that cannot be ended after an error in it, as CUDA's."""
+
+    def __init__(self):
+        self.is_open = self.is_ended = False
+
+    def capture_begin(self):
+        self.is_open = True
+
+    def capture_end(self):
+        self.is_ended = True
+        if not self.is_open:
+            raise RuntimeError("capture_end: the capture was invalidated")
+
+
+def test_a_capture_that_fails_is_ended_and_says_why(monkeypatch):
+    graph = FakeGraph()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+    def wait_for_the_gpu(_):
+        graph.is_open = False
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        cuda_clock._captured(Round([1], wait_for_the_gpu))
+    assert graph.is_ended
+    assert gc.isenabled()
+    assert cuda_clock._captured(Round([1], lambda _: None)) is graph
+
+
+def test_a_generator_that_a_failed_capture_has_spoiled_is_in_the_note(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, device: None)
+    assert cuda_clock._generator_remark() == ""
+
+    def spoiled(*_, device):
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    monkeypatch.setattr(torch, "rand", spoiled)
+    assert "torch draws no random numbers (Offset increment" in cuda_clock._generator_remark()
 
 
 def test_a_row_has_its_share_of_the_floor_and_no_verdicts_without_a_gpu():
@@ -200,6 +253,15 @@ def test_a_peer_that_fails_or_is_wrong_is_left_out_with_the_reason():
     assert notes == ["without wrong: off by far", "without failing: no kernel"]
 
 
+def test_peers_are_imported_without_a_look_at_a_hub():
+    done = run_python(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "import os, cuda_peers\n"
+        "print(os.environ['HF_HUB_OFFLINE'], sys.modules['kernels'])"
+    )
+    assert done.stdout.split()[-2:] == ["1", "None"], done.stderr
+
+
 def test_a_peer_that_cannot_be_imported_is_left_out(monkeypatch):
     monkeypatch.setattr(cuda_peers, "bitsandbytes", None)
     rounds: dict[str, Round] = {}
@@ -240,7 +302,8 @@ def test_the_table_shows_microseconds_rates_peers_floors_and_goals():
     product.notes = ["without torch bf16: broken"]
     failures = {"dX, m = 1, 4096×4096": "RuntimeError: no"}
     text = cuda_report.markdown(
-        header(failures=failures, missing_peers=["x is missing"]), [row, product]
+        header(failures=failures, not_begun=["a", "b"], missing_peers=["x is missing"]),
+        [row, product],
     )
     first, second = text.splitlines()[2:4]
     assert first == (
@@ -252,6 +315,7 @@ def test_the_table_shows_microseconds_rates_peers_floors_and_goals():
     for line in (
         "1 of 2 goals met.",
         "- dX, m = 1, 4096×4096: RuntimeError: no",
+        "Not begun, as the time was over: a; b.",
         "- x is missing",
         "- forward, m = 2048, 4096×4096: without torch bf16: broken",
         "Measured floors: copy 4,000 GB/s (read + written), bf16 GEMM 800 TFLOP/s, host link 100.0 "
@@ -274,6 +338,18 @@ def test_without_a_gpu_it_says_so_and_exits_with_2():
     done = run()
     assert done.returncode == 2
     assert "bench_cuda.py: torch sees no GPU" in done.stderr
+
+
+def test_rows_that_are_not_begun_are_no_failure(tmp_path):
+    path = tmp_path / "cuda.json"
+    options = ("--device", "cpu", "--quick", "--seconds", "0.004", "--budget", "0")
+    done = run(*options, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(path.read_text())
+    assert written["failures"] == {}
+    assert written["rows"] == []
+    expected = [work.name for work in bench_cuda.all_works(["128x256"], CPU, quick=True)]
+    assert written["not_begun"] == expected
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """nf4_quantize, nf4_dequantize and NF4Weight, against the format written out in torch."""
 
+import itertools
 import math
 import pickle
 
@@ -8,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native import NF4Weight, nf4_dequantize, nf4_quantize
-from support import BLOCK_SIZES, over_dtypes, over_nesting, same_bits
+from support import (
+    BLOCK_SIZES,
+    NF4_LEVELS,
+    differs_only_near_thresholds,
+    over_dtypes,
+    over_nesting,
+    same_bits,
+)
 
-LEVELS = torch.tensor(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]
-)  # fmt: skip
 SHAPES = [(64, 128), (33, 65), (7, 3), (257, 300), (5,), (1, 1), (3, 4, 50)]
 
 
@@ -54,7 +54,7 @@ def mean_of_scales(absmax: Tensor) -> float:
 
 def expected_codes(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes, two to a byte and an odd count padded with the code of zero, and fp32 absmax."""
-    codes, absmax = encode(LEVELS, w.flatten().float(), block_size, zero_code=7)
+    codes, absmax = encode(NF4_LEVELS, w.flatten().float(), block_size, zero_code=7)
     codes = nn.functional.pad(codes, (0, codes.numel() % 2), value=7)
     return codes[0::2] << 4 | codes[1::2], absmax
 
@@ -97,7 +97,7 @@ def test_a_value_is_level_times_absmax_rounded_once(shape, double_quant, dtype):
     packed = weight.codes.flatten()
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[: math.prod(shape)]
     scales = weight.absmax.repeat_interleave(32)[: math.prod(shape)]
-    expected = (LEVELS[codes.long()] * scales).to(dtype).view(shape)
+    expected = (NF4_LEVELS[codes.long()] * scales).to(dtype).view(shape)
     assert same_bits(weight.dequantize(dtype), expected)
     assert same_bits(nf4_dequantize(weight, dtype), expected)
 
@@ -362,3 +362,18 @@ def test_a_tensor_whose_storage_was_freed_is_refused():
     w.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"a tensor of shape \[4, 64\] has no memory"):
         nf4_quantize(w)
+
+
+def test_codes_may_differ_from_another_quantisers_only_beside_a_threshold():
+    threshold = (NF4_LEVELS[9] + NF4_LEVELS[10]) / 2  # a tie: ours is the lower code
+    next_one = torch.nextafter(threshold, torch.tensor(1.0))
+    w = torch.stack([torch.tensor(1.0), threshold, next_one, threshold * (1 + 2.0**-20)])[None]
+    ours = nf4_quantize(w, 32, double_quant=False)
+    right = [15, 9, 10, 10]
+    allowed = [{15}, {9, 10}, {9, 10}, {10}]
+    for element, code in itertools.product(range(4), range(16)):
+        codes = [*right[:element], code, *right[element + 1 :]]
+        pairs = [16 * codes[0] + codes[1], 16 * codes[2] + codes[3]]
+        other = torch.tensor(pairs, dtype=torch.uint8)
+        is_allowed = differs_only_near_thresholds(w, ours, other)
+        assert is_allowed == (code in allowed[element]), (element, code)

@@ -1,7 +1,9 @@
 """Beside bitsandbytes on a GPU: the same bytes, the same values of them, and their products.
 
 Of the deviations of its CPU backend that test_bitsandbytes.py lists, its CUDA one has the fourth
-alone: it sums the mean of the scales in another order.
+alone: it sums the mean of the scales in another order. And it is compiled with --use_fast_math: an
+fp32 or fp16 weight may get the code on the other side of a threshold that w/absmax all but hits;
+`differs_only_near_thresholds` says how near that is.
 """
 
 import pytest
@@ -16,6 +18,7 @@ from support import (
     CUDA_TEST_DEVICE,
     Approximate,
     assert_within,
+    differs_only_near_thresholds,
     import_bitsandbytes,
     over_dtypes,
     over_nesting,
@@ -73,7 +76,7 @@ def test_codes_and_scales_are_equal(bnb, shape, block_size, dtype):
     codes, state = quantize_with(bnb, w, block_size, nested=False)
     ours = nf4_quantize(w, block_size, double_quant=False)
     assert torch.equal(ours.absmax, state.absmax)
-    assert torch.equal(ours.codes.flatten(), codes)
+    assert differs_only_near_thresholds(w, ours, codes)
 
 
 @over_dtypes

@@ -7,14 +7,12 @@ import torch
 
 from qlora_native import NF4Weight, nf4_dequantize, nf4_quantize
 from qlora_native.ops.storage import NF4Tensors
+from support import BLOCK_SIZES, delay_the_gpu, over_dtypes, same_bits, the_host_may_not_wait
 
 pytestmark = pytest.mark.cuda  # conftest.py skips these where there is no GPU, or no CUDA build
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 # Odd counts, and no multiple of a block.
 SHAPES = [(1, 1), (3, 11), (51, 167), (64, 4096), (257, 1023)]
-SLEEP_CYCLES = 100_000_000  # some 50 ms: the GPU lags well behind the host
 
 
 def make_input(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -50,13 +48,9 @@ def random_weight(n: int, k: int, block_size: int, double_quant: bool) -> NF4Wei
     return weight
 
 
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.cpu().view(torch.int32 if t.dtype == torch.float32 else torch.int16)
-
-
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@over_dtypes
 def test_quantize_gives_the_bits_of_the_cpu(
     dtype: torch.dtype, block_size: int, double_quant: bool
 ) -> None:
@@ -74,7 +68,7 @@ def test_quantize_gives_the_bits_of_the_cpu_on_a_large_weight(block_size: int) -
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@over_dtypes
 def test_dequantize_gives_the_bits_of_the_cpu(
     dtype: torch.dtype, block_size: int, double_quant: bool
 ) -> None:
@@ -83,35 +77,35 @@ def test_dequantize_gives_the_bits_of_the_cpu(
         expected = nf4_dequantize(weight, dtype)
         actual = nf4_dequantize(weight.to("cuda"), dtype)
         assert actual.is_cuda
-        assert torch.equal(bits(actual), bits(expected)), (n, k)
+        assert same_bits(actual.cpu(), expected.cpu()), (n, k)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_absmax_gives_the_bits_of_the_cpu(double_quant: bool) -> None:
     for n, k in SHAPES:
         weight = random_weight(n, k, 32, double_quant)
-        assert torch.equal(bits(weight.to("cuda").absmax), bits(weight.absmax))
+        assert same_bits(weight.to("cuda").absmax.cpu(), weight.absmax.cpu())
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0**-149, 2.0**-133, 2.0**-24, 65519.0, 65520.0, 3e38])
-@pytest.mark.parametrize("dtype", DTYPES)
+@over_dtypes
 def test_dequantize_rounds_scales_of_every_size_as_the_cpu(
     dtype: torch.dtype, scale: float
 ) -> None:
     weight = random_weight(8, 1024, 32, double_quant=False)
     weight.tensors.absmax.view(torch.float32).fill_(scale)
     expected = nf4_dequantize(weight, dtype)
-    assert torch.equal(bits(nf4_dequantize(weight.to("cuda"), dtype)), bits(expected))
+    assert same_bits(nf4_dequantize(weight.to("cuda"), dtype).cpu(), expected.cpu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@over_dtypes
 def test_an_empty_weight_is_allowed(dtype: torch.dtype) -> None:
     weight = nf4_quantize(torch.empty(0, 64, dtype=dtype, device="cuda"))
     assert nf4_dequantize(weight, dtype).shape == (0, 64)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
+@over_dtypes
 def test_tensors_need_not_be_aligned(dtype: torch.dtype, offset: int) -> None:
     w = make_input((51, 167), dtype)
     shifted_w = torch.empty(w.numel() + offset, dtype=dtype, device="cuda")[offset:].view_as(w)
@@ -125,7 +119,7 @@ def test_tensors_need_not_be_aligned(dtype: torch.dtype, offset: int) -> None:
     shifted_codes = shifted_codes.view_as(codes).copy_(codes)
     shifted = NF4Weight(on_gpu.tensors._replace(codes=shifted_codes), on_gpu.shape)
     nf4_dequantize(shifted, dtype, out=shifted_w)
-    assert torch.equal(bits(shifted_w), bits(nf4_dequantize(weight, dtype)))
+    assert same_bits(shifted_w.cpu(), nf4_dequantize(weight, dtype).cpu())
 
 
 def test_scales_that_are_not_aligned_are_refused_by_name() -> None:
@@ -139,7 +133,7 @@ def test_scales_that_are_not_aligned_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
-@pytest.mark.parametrize("dtype", DTYPES)
+@over_dtypes
 def test_a_nan_or_inf_is_an_error_that_names_the_first_block(
     dtype: torch.dtype, block_size: int, bad: float
 ) -> None:
@@ -160,26 +154,21 @@ def test_work_runs_on_the_current_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(SLEEP_CYCLES)
+        delay_the_gpu()
         w.copy_(late_source)  # what another stream would not wait for
         actual = nf4_quantize(w)
         dense = nf4_dequantize(actual, torch.bfloat16)
     stream.synchronize()
     assert_same_bytes(actual, expected)
-    assert torch.equal(bits(dense), bits(expected_dense))
+    assert same_bits(dense.cpu(), expected_dense.cpu())
 
 
 def test_dequantize_does_not_wait_for_the_gpu() -> None:
     weight = nf4_quantize(torch.randn(256, 256, device="cuda"))
     out = torch.empty(256, 256, dtype=torch.bfloat16, device="cuda")
     nf4_dequantize(weight, torch.bfloat16, out=out)  # loads the kernel
-    torch.cuda.synchronize()
-    torch.cuda._sleep(SLEEP_CYCLES)
-    nf4_dequantize(weight, torch.bfloat16, out=out)
-    done = torch.cuda.Event()
-    done.record()
-    assert not done.query()
-    torch.cuda.synchronize()
+    with the_host_may_not_wait():
+        nf4_dequantize(weight, torch.bfloat16, out=out)
 
 
 def test_dequantize_can_be_captured_in_a_graph() -> None:
@@ -192,7 +181,7 @@ def test_dequantize_can_be_captured_in_a_graph() -> None:
     weights[0].tensors.codes.copy_(weights[1].tensors.codes)
     graph.replay()
     expected = nf4_dequantize(weights[0].to("cpu"), torch.bfloat16)
-    assert torch.equal(bits(out), bits(expected))
+    assert same_bits(out.cpu(), expected.cpu())
 
 
 def test_quantize_refuses_to_be_captured() -> None:
@@ -228,4 +217,4 @@ def test_more_elements_than_32_bits_count() -> None:
     assert torch.equal(weight.tensors.codes[tail // 2 :].cpu(), expected.tensors.codes)
     assert torch.equal(weight.absmax[tail // 64 :].cpu(), expected.absmax)
     dense = nf4_dequantize(weight, torch.bfloat16)
-    assert torch.equal(bits(dense[:, tail:]), bits(nf4_dequantize(expected, torch.bfloat16)))
+    assert same_bits(dense[:, tail:].cpu(), nf4_dequantize(expected, torch.bfloat16).cpu())

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import qlora_native
 from cuda_expectations import (
     EXPECTATIONS,
     LOAD_16,
@@ -33,7 +32,7 @@ from cuda_resources import (
 )
 from qlora_native import _core
 
-INFO = qlora_native.build_info()
+INFO = _core.build_info()  # (qlora_native.build_info() would start the CUDA driver)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,21 @@
 """benchmarks/gpu_check.sh with stubs for the tools: order, limits, skips, verdicts, exit status."""
 
+import ast
 import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_check.sh"
-STAGES = ["machine", "extension", "cpp-tests", "googletest", "pytest", "memcheck", "racecheck"]
-STAGES += ["initcheck", "resources", "bench"]
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
+STAGES = ["machine", "extension", "small-cases", "pytest", "bench", "cpp-tests", "googletest"]
+STAGES += ["memcheck", "racecheck", "initcheck", "resources"]
+SANITIZERS = {"memcheck", "racecheck", "initcheck"}
 
 pytestmark = [
     pytest.mark.skipif(not SCRIPT.exists(), reason=f"there is no {SCRIPT}"),
@@ -20,8 +24,7 @@ pytestmark = [
 
 # Each notes how it was called. They do what the script relies on, and no more.
 STUBS = {
-    "nvidia-smi": 'case "$*" in *compute_cap,*) echo "A GPU, 580.1, 9.0, 1 MiB" ;; '
-    '*compute_cap*) echo "${FAKE_CAPABILITY:-9.0}" ;; *name*) echo "NVIDIA Fake 100" ;; esac',
+    "nvidia-smi": 'echo "A GPU, 580.1, 1 MiB"',
     "nvcc": "echo release 13.0",
     "ninja": "",
     "cmake": """
@@ -33,21 +36,30 @@ STUBS = {
         fi""",
     "device-tests": "echo tests of the device ran; exit ${FAKE_GTEST_STATUS:-0}",
     "compute-sanitizer": """
+        echo "caching: ${PYTORCH_NO_CUDA_MEMORY_CACHING:-on}" >>"$(dirname "$0")/../caching"
         if [ "$2" = "${FAKE_SANITIZER_HANGS:-}" ]; then sleep 60; fi
         if [ "$2" = "${FAKE_UNSUPPORTED:-}" ]; then echo "Error: Device not supported."; exit 1; fi
         if [ "$2" = "${FAKE_RACE:-}" ]; then echo "1 hazard"; exit 9; fi
         echo "========= ERROR SUMMARY: 0 errors" """,
-    "cuobjdump": "",
-    "nvdisasm": "",
     "fake-python": """
         case "$*" in
           "-m pip install"*)
             [ -z "${FAKE_BUILD_FAILS:-}" ] || exit 1
             while [ "$1" != --target ]; do shift; done
             mkdir -p "$2/qlora_native" ;;
-          *"torch sees no GPU"*) exit ${FAKE_TORCH_STATUS:-0} ;;
+          -)
+            [ -z "${FAKE_NO_GPU:-}" ] || { echo "torch sees no GPU" >&2; exit 1; }
+            printf 'name: NVIDIA Fake 100\\narchitecture: %s\\n' "${FAKE_ARCHITECTURE:-90a-real}" ;;
           "- "*) exit ${FAKE_IMPORT_STATUS:-0} ;;
-          *cuda_resources.py*) printf 'title\\n---\\n| kernel |\\n' ;;
+          "-m pytest"*)
+            [ -z "${FAKE_PYTEST_HANGS:-}" ] || {
+              trap 'echo "1 failed, 2 passed"; kill $!; exit 2' INT
+              sleep 60 & wait
+            } ;;
+          *cuda_resources.py*)
+            [ -z "${FAKE_NO_DISASSEMBLER:-}" ] || { echo "nvdisasm is missing" >&2; exit 77; }
+            printf '| header |\\n|---|\\n| kernel |\\n' ;;
+          *cuda_small_cases.py*) exit ${FAKE_SMALL_CASES_STATUS:-0} ;;
           *--markdown*) echo "| a table |" ;;
           *bench_cuda.py*)
             while [ "$1" != --json ]; do shift; done
@@ -122,6 +134,7 @@ def test_the_plan_has_all_stages_and_keeps_to_nine_minutes(check):
     total, reserved = map(int, re.match(r"at most (\d+) s, (\d+) s", check.text).groups())
     assert total == 540
     assert sum(plan.values()) + reserved <= total
+    assert plan["pytest"] >= 150
     assert check.calls("nvidia-smi") == []
 
 
@@ -138,7 +151,7 @@ def test_where_all_is_well_every_stage_passes_in_order(check):
     assert len(limits) == len(STAGES)
     assert all(limit <= 530 for limit in limits)
     # What the stages before it did not use is the last one's.
-    assert limits[-1] > planned_bench(check) + 300
+    assert limits[-1] > 400
     names = ["cuda_nvidia_fake_100.json", "cuda_nvidia_fake_100.md", "cuda_resources.md"]
     assert sorted(p.name for p in check.out.iterdir()) == sorted(
         [*names, "gpu_check.json", "gpu_check.log"]
@@ -146,20 +159,25 @@ def test_where_all_is_well_every_stage_passes_in_order(check):
     assert "bench        passed" in (check.out / "gpu_check.log").read_text()
 
 
-def planned_bench(check: Check) -> int:
-    check.run("--dry-run")
-    return planned(check.text)["bench"]
-
-
 def test_it_builds_for_the_cards_architecture_alone_and_without_a_network(check):
-    for capability, architecture in (("9.0", "90a-real"), ("8.6", "86-real"), ("12.0", "120-real")):
-        assert check.run(FAKE_CAPABILITY=capability) == 0, check.text
+    for architecture in ("90a-real", "86-real", "120-real"):
+        assert check.run(FAKE_ARCHITECTURE=architecture) == 0, check.text
         install = next(c for c in reversed(check.calls("fake-python")) if "pip install" in c)
         assert f"QLORA_CUDA_ARCHS={architecture} " in install
         assert "--no-build-isolation --no-deps" in install
-        configure = next(c for c in reversed(check.calls("cmake")) if "-S" in c)
-        assert f"-DQLORA_CUDA_ARCHS={architecture}" in configure
-        assert "-DQLORA_FETCH_GTEST=OFF" in configure
+
+
+def test_the_library_is_compiled_once_for_the_extension_and_the_cpp_tests(check):
+    assert check.run() == 0, check.text
+    (install,) = (c for c in check.calls("fake-python") if "pip install" in c)
+    folder = re.search(r"build-dir=(\S+)", install)[1]
+    configure, build = check.calls("cmake")
+    assert f"-B {folder} " in configure
+    assert "-DQLORA_FETCH_GTEST=OFF" in configure
+    assert f"--build {folder} --target qlora_cuda_tests" in build
+    # Else the next run, in the same folder, would build all tests with the extension.
+    assert "-DQLORA_BUILD_TESTS=ON" in configure
+    assert "define.QLORA_BUILD_TESTS=OFF" in install
 
 
 def test_it_only_ever_asks_the_card(check):
@@ -172,17 +190,17 @@ def test_it_only_ever_asks_the_card(check):
 
 
 def test_without_a_gpu_nothing_is_tried_and_the_status_is_2(check):
-    (check.bin / "nvidia-smi").unlink()
-    if shutil.which("nvidia-smi", path="/usr/bin:/bin"):
-        pytest.skip("the system has an nvidia-smi")
-    assert check.run() == 2
+    assert check.run(FAKE_NO_GPU="1") == 2
     assert check.verdicts() == {"machine": "failed"}
-    assert check.reason("machine") == "missing: nvidia-smi"
-
-
-def test_a_torch_without_cuda_is_no_gpu(check):
-    assert check.run(FAKE_TORCH_STATUS="1") == 2
     assert check.reason("machine") == "torch sees no GPU"
+
+
+def test_a_tool_that_must_be_there_is_named(check):
+    (check.bin / "nvcc").unlink()
+    if shutil.which("nvcc", path="/usr/bin:/bin"):
+        pytest.skip("the system has an nvcc")
+    assert check.run() == 2
+    assert check.reason("machine") == "missing: nvcc"
 
 
 def test_a_build_that_fails_skips_what_needs_it_and_no_more(check):
@@ -190,9 +208,8 @@ def test_a_build_that_fails_skips_what_needs_it_and_no_more(check):
     verdicts = check.verdicts()
     assert verdicts["extension"] == "failed"
     skipped = {name for name, verdict in verdicts.items() if verdict == "skipped"}
-    assert skipped == {"pytest", "resources", "bench"}
+    assert skipped == set(STAGES) - {"machine", "extension"}
     assert check.reason("bench") == "the extension was not built"
-    assert verdicts["googletest"] == verdicts["memcheck"] == "passed"
 
 
 def test_a_qlora_native_that_hides_the_one_built_is_a_failure(check):
@@ -201,23 +218,47 @@ def test_a_qlora_native_that_hides_the_one_built_is_a_failure(check):
     assert check.verdicts()["bench"] == "skipped"
 
 
-def test_without_googletest_its_stages_are_skipped_with_the_reason(check):
+def skipped_stages(check: Check) -> set[str]:
+    return {name for name, verdict in check.verdicts().items() if verdict == "skipped"}
+
+
+def test_without_googletest_the_sanitizers_still_see_every_operation(check):
     assert check.run(FAKE_NO_GTEST="1") == 0, check.text
-    verdicts = check.verdicts()
-    skipped = {name for name, verdict in verdicts.items() if verdict == "skipped"}
-    assert skipped == {"cpp-tests", "googletest", "memcheck", "racecheck", "initcheck"}
+    assert skipped_stages(check) == {"cpp-tests", "googletest"}
     assert check.reason("cpp-tests").startswith("there is no GoogleTest: neither of the system nor")
-    assert check.reason("memcheck") == "qlora_cuda_tests was not built"
+    calls = check.calls("compute-sanitizer")
+    assert {re.search(r"--tool (\w+)", call)[1] for call in calls} == SANITIZERS
+    for call in calls:
+        assert "--target-processes all --error-exitcode 9" in call
+        assert call.endswith("fake-python tests/python/cuda_small_cases.py")
+    # torch's own pool would hide what is beyond a tensor.
+    assert set((check.folder / "caching").read_text().splitlines()) == {"caching: 1"}
 
 
-def test_without_its_tools_a_stage_is_skipped_with_the_reason(check):
-    for name in ("compute-sanitizer", "cuobjdump"):
-        if shutil.which(name, path="/usr/bin:/bin"):
-            pytest.skip(f"the system has {name}")
-        (check.bin / name).unlink()
-    assert check.run() == 0, check.text
-    assert check.reason("racecheck") == "there is no compute-sanitizer"
-    assert check.reason("resources") == "there is no cuobjdump, or no nvdisasm"
+def test_without_a_sanitizer_the_summary_says_what_was_not_checked(check):
+    if shutil.which("compute-sanitizer", path="/usr/bin:/bin"):
+        pytest.skip("the system has compute-sanitizer")
+    (check.bin / "compute-sanitizer").unlink()
+    assert check.run(CUDA_HOME=str(check.folder)) == 0, check.text
+    assert skipped_stages(check) == SANITIZERS
+    for name in SANITIZERS:
+        assert f"NOT CHECKED: {name} (there is no compute-sanitizer)" in check.text.splitlines()
+
+
+def test_a_sanitizer_that_only_the_toolkit_has_is_found(check):
+    (check.folder / "toolkit" / "bin").mkdir(parents=True)
+    tool = check.bin / "compute-sanitizer"
+    tool.rename(check.folder / "toolkit" / "bin" / tool.name)
+    assert check.run(CUDA_HOME=str(check.folder / "toolkit")) == 0, check.text
+    assert skipped_stages(check) == set()
+
+
+def test_whether_there_is_a_disassembler_is_for_its_script_to_say(check):
+    assert check.run(FAKE_NO_DISASSEMBLER="1") == 0, check.text
+    assert check.reason("resources") == "nvdisasm is missing"
+    assert not (check.out / "cuda_resources.md").exists()
+    assert check.run() == 0
+    assert "| header |\n|---|\n| kernel |\n" in check.text
 
 
 def test_a_device_that_the_sanitizer_does_not_know_is_no_failure(check):
@@ -232,6 +273,7 @@ def test_a_device_that_the_sanitizer_does_not_know_is_no_failure(check):
         ({"FAKE_GTEST_STATUS": "1"}, "googletest"),
         ({"FAKE_RACE": "racecheck"}, "racecheck"),
         ({"FAKE_BENCH_STATUS": "1"}, "bench"),
+        ({"FAKE_SMALL_CASES_STATUS": "1"}, "small-cases"),
     ],
 )
 def test_a_stage_that_fails_does_not_stop_the_others_and_the_status_is_1(check, fault, stage):
@@ -253,10 +295,57 @@ def test_a_stage_that_does_not_end_is_ended(check):
     assert time.monotonic() - start < 54
 
 
-def test_only_files_with_gpu_tests_are_given_to_pytest(check):
-    check.run()
+@pytest.mark.slow
+def test_pytest_out_of_time_is_interrupted_and_says_what_it_found(check):
+    assert check.run(FAKE_PYTEST_HANGS="1", QLORA_GPU_CHECK_SECONDS="27") == 1
+    assert re.fullmatch(r"it did not end within \d+ s", check.reason("pytest"))
+    assert "1 failed, 2 passed" in check.text
+
+
+# ---- what it gives to pytest
+
+
+@pytest.fixture(scope="module")
+def pytest_call(tmp_path_factory) -> str:
+    check = Check(tmp_path_factory.mktemp("check"))
+    assert check.run() == 0, check.text
     (call,) = (c for c in check.calls("fake-python") if "-m pytest" in c)
-    assert "-m cuda" in call
-    files = [word for word in call.split() if word.endswith(".py")]
+    return call
+
+
+def test_pytest_runs_what_needs_a_gpu_and_is_not_slow(pytest_call):
+    assert "-m cuda and not slow " in pytest_call
+    assert "--continue-on-collection-errors" in pytest_call
+    assert re.search(r"--junitxml=\S+/out/pytest.xml ", pytest_call)
+    files = [word for word in pytest_call.split() if word.endswith(".py")]
     assert "tests/python/test_cuda_codec.py" in files
+    assert "tests/python/cli/test_cuda_train.py" in files
     assert "tests/python/test_layers.py" not in files
+
+
+def imported_at_the_top(file: Path) -> set[str]:
+    """The packages without which a file cannot be imported."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_what_it_gives_to_pytest_imports_nothing_that_a_gpu_machine_may_lack(pytest_call):
+    files = [ROOT / word for word in pytest_call.split() if word.endswith(".py")]
+    conftests = [ROOT / "tests/python/conftest.py", ROOT / "tests/python/cli/conftest.py"]
+    to_do, seen = [*files, *conftests, ROOT / "tests/python/cuda_small_cases.py"], set()
+    while to_do:
+        file = to_do.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for name in imported_at_the_top(file):
+            beside = [folder / f"{name}.py" for folder in (file.parent, ROOT / "tests/python")]
+            own = [path for path in beside if path.exists()]
+            to_do += own[:1]
+            known = own or name in {"torch", "pytest", "qlora_native"} | sys.stdlib_module_names
+            assert known, f"{file} imports {name}: want pytest.importorskip({name!r})"

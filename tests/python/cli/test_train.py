@@ -6,71 +6,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from tiny_model import END, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from qlora_native import quantize_model
 from qlora_native.cli import devices
 from qlora_native.cli.dataset import Columns, read_examples
 from qlora_native.cli.errors import CommandError
-from qlora_native.cli.main import main
 from qlora_native.hf import load_lora
-
-END = "<end>"
-
-
-def make_tokenizer():
-    """Byte level: a token for each byte, and one more for the end."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {END: 0} | {character: i for i, character in enumerate(alphabet, start=1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    records = [{"text": f"line {i}", "question": f"{i}?", "answer": "yes"} for i in range(12)]
-    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
-    return path
-
-
-@pytest.fixture
-def train(model_folder, data, tmp_path):
-    """Run the command with options on top of the usual ones."""
-
-    def run(*options, model=model_folder, data=data):
-        usual = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
-        usual += ["--lr", "1e-2", "--r", "4", "--batch-size", "3", "--device", "cpu"]
-        return main(["train", *usual, *options])
-
-    return run
 
 
 @pytest.fixture
@@ -145,20 +88,6 @@ def test_the_device_is_said_and_recorded(train, tmp_path, capsys):
     assert train("--max-steps", "2") == 0
     assert "parameters on cpu" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["device"] == "cpu"
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw8bit"])
-def test_trains_on_a_gpu_and_saves(train, tmp_path, model_folder, optimizer):
-    assert train("--epochs", "5", "--optimizer", optimizer, "--device", "cuda") == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["device"].startswith("cuda:")
-    assert metrics["losses"][-1] < metrics["losses"][0] - 0.5
-    assert metrics["peak_gpu_memory_bytes"] > metrics["weight_bytes"]
-    quantized = quantize_model(AutoModelForCausalLM.from_pretrained(model_folder).eval())
-    assert torch.isfinite(
-        load_lora(quantized, tmp_path / "out")(input_ids=torch.tensor([[1, 2, 3]])).logits
-    ).all()
 
 
 class TestExamples:
