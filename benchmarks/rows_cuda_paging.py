@@ -29,6 +29,7 @@ def _paging(strategy: str, device: torch.device) -> CudaCase:
     options = {"page_bytes": page_bytes, "strategy": strategy}
     if device.type == "cuda":
         options["resident_bytes"] = _RESIDENT_PAGES * page_bytes
+        device = torch.device("cuda", torch.cuda.current_device())
         if 4 * bytes_ > torch.cuda.mem_get_info(device)[0]:
             raise SystemExit(f"want {4 * bytes_ / 2**30:.0f} GiB of free device memory")
     buffer = _core.PagedBuffer(str(device), bytes_, **options)

@@ -12,6 +12,16 @@ namespace {
 
 using SharedBuffer = std::shared_ptr<PagedBuffer>;
 
+/// Ends a buffer without the GIL: it waits for the device, and other threads need not. The last
+/// owner may be a tensor, which also a thread of torch's that never had the GIL lets go.
+struct DeleteWithoutGil {
+  void operator()(PagedBuffer* buffer) const {
+    std::optional<py::gil_scoped_release> no_gil;
+    if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
+    delete buffer;
+  }
+};
+
 /// A piece of a buffer's memory, which torch.from_dlpack makes a tensor of bytes. The piece, and the
 /// tensor, keep the buffer.
 struct PagedMemory {
@@ -23,12 +33,12 @@ struct PagedMemory {
 
 Device parse_device(const std::string& text) {
   if (text == "cpu") return {DeviceType::cpu, 0};
-  if (text == "cuda") return {DeviceType::cuda, 0};
   const std::string prefix = "cuda:", digits = "0123456789";
   const bool is_indexed = text.starts_with(prefix) && text.size() > prefix.size() &&
                           text.size() < prefix.size() + 4 &&
                           text.find_first_not_of(digits, prefix.size()) == std::string::npos;
-  check(is_indexed, "PagedBuffer: device is '", text, "', want cpu, cuda or cuda:N");
+  check(is_indexed, "PagedBuffer: device is '", text,
+        "', want cpu or cuda:N; which device is the current one, torch alone knows");
   return {DeviceType::cuda, std::stoi(text.substr(prefix.size()))};
 }
 
@@ -46,10 +56,11 @@ SharedBuffer make(const std::string& device, std::int64_t bytes, std::int64_t pa
   // Pinning memory takes a while. Here, and not by a call guard, under which pybind11 would note the
   // new object without the GIL.
   const py::gil_scoped_release no_gil;
-  return make_paged_buffer(parse_device(device), {.bytes = bytes,
-                                                  .page_bytes = page_bytes,
-                                                  .strategy = parse_strategy(strategy),
-                                                  .resident_bytes = resident_bytes});
+  auto buffer = make_paged_buffer(parse_device(device), {.bytes = bytes,
+                                                         .page_bytes = page_bytes,
+                                                         .strategy = parse_strategy(strategy),
+                                                         .resident_bytes = resident_bytes});
+  return SharedBuffer(buffer.release(), DeleteWithoutGil{});
 }
 
 Device device_of_data(const PagedBuffer& buffer) {

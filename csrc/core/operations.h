@@ -11,7 +11,9 @@
 //   InvalidArgument  a shape, dtype, device or number is wrong; the message names the operation and
 //   the argument
 //   Unsupported      right, but not in this build or on this device
-//   OutOfMemory, CudaError
+//   OutOfMemory      of the device. Nothing has been queued and nothing stays allocated: a caller who
+//   frees memory may make the same call again, also of an operation that adds to its output
+//   CudaError
 #pragma once
 
 #include <cstdint>

@@ -21,10 +21,8 @@ void launch(const char* operation, void (*kernel)(Parameters...), const LaunchSh
             cudaStream_t stream, const Arguments&... arguments) {
   constexpr int shared_bytes_without_asking = 48 * 1024;
   if (shape.shared_bytes > shared_bytes_without_asking) {
-    check_cuda(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
-        operation);
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), shape.shared_bytes, operation,
+                       stream);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.thread_blocks);

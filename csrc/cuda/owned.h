@@ -20,7 +20,9 @@ struct GiveBack {
 
   template <typename T>
   void operator()(T* handle) const {
-    if (getpid() == owner) give_back(handle);
+    if (getpid() != owner) return;
+    const RelaxedCapture relaxed;  // Python collects garbage at any time, also during a capture
+    give_back(handle);
   }
 };
 

@@ -75,6 +75,7 @@ class CudaPagedBuffer final : public PagedBuffer {
 
   ~CudaPagedBuffer() override {
     if (getpid() != owner_) return;
+    const RelaxedCapture relaxed;
     // What fails here has failed, or will, where the caller can see it.
     for (const Slot& slot : slots_) cudaEventSynchronize(slot.used.get());
     cudaStreamSynchronize(coming_.get());
@@ -246,6 +247,7 @@ class CudaPagedBuffer final : public PagedBuffer {
 std::unique_ptr<PagedBuffer> make_cuda_paged_buffer(Device device,
                                                     const PagedBufferOptions& options) {
   const DeviceGuard guard(device, "PagedBuffer");
+  const RelaxedCapture relaxed;
   const Plan plan = make_plan(device, options);
   std::unique_ptr<PageMemory> memory;
   if (options.bytes > 0) {

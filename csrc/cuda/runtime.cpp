@@ -2,7 +2,12 @@
 
 #include <array>
 #include <atomic>
+#include <map>
 #include <memory>
+#include <mutex>
+#include <utility>
+
+#include <cuda.h>
 
 #include "core/backend.h"
 
@@ -31,6 +36,8 @@ int attribute(cudaDeviceAttr which, int device, const char* operation) {
   return value;
 }
 
+constexpr std::size_t max_devices = 64;  // torch's own limit is 16, or 64 in a build for more
+
 constexpr int oldest_compute_capability = 80;  // bf16 in tensor cores, cp.async
 
 DeviceTraits ask_for_traits(int device, const char* operation) {
@@ -46,6 +53,65 @@ DeviceTraits ask_for_traits(int device, const char* operation) {
                               traits.compute_capability % 10, ", want 8.0 or newer"));
   }
   return traits;
+}
+
+/// Whether the process uses `device`, in which case it has a context there. True where the driver
+/// cannot be asked. The driver's own functions are looked up: nothing links with its library, which
+/// a machine without a GPU lacks.
+bool has_context(int device) {
+  using Ask = decltype(&cuDevicePrimaryCtxGetState);
+  static const Ask ask = [] {
+    constexpr unsigned cuda_version = 12000;
+    void* address = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(
+        "cuDevicePrimaryCtxGetState", &address, cuda_version, cudaEnableDefault, &result);
+    if (error == cudaSuccess && result == cudaDriverEntryPointSuccess) {
+      return reinterpret_cast<Ask>(address);
+    }
+    cudaGetLastError();
+    return Ask{};
+  }();
+  unsigned flags = 0;
+  int is_active = 0;
+  return ask == nullptr || ask(device, &flags, &is_active) != CUDA_SUCCESS || is_active != 0;
+}
+
+/// What a pool of scratch memory keeps when nobody uses it. Without it a synchronisation gives all
+/// back, and the next step maps it again, some 100 us a time. The products' partial sums are the
+/// largest scratch, a few tens of MiB for the layers of a 70B model. More would be memory that torch
+/// does not see and cannot reclaim.
+constexpr std::uint64_t kept_scratch_bytes = std::uint64_t{64} << 20;
+
+cudaMemPool_t make_scratch_pool(int device, const char* operation) {
+  const RelaxedCapture relaxed;  // the pool is to outlive the graph that is being recorded
+  cudaMemPoolProps properties{};
+  properties.allocType = cudaMemAllocationTypePinned;  // the one type that there is
+  properties.location.type = cudaMemLocationTypeDevice;
+  properties.location.id = device;
+  cudaMemPool_t pool = nullptr;
+  check_cuda(cudaMemPoolCreate(&pool, &properties), operation);
+  std::uint64_t kept = kept_scratch_bytes;
+  const cudaError_t error = cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept);
+  if (error != cudaSuccess) {
+    cudaMemPoolDestroy(pool);
+    throw_cuda_error(error, operation);
+  }
+  return pool;
+}
+
+/// The pool of a device, made when it is first asked for. It is never destroyed: at the process's
+/// end the driver may have gone before. The device's default pool, which others use, is left as it
+/// is.
+cudaMemPool_t scratch_pool(int device, const char* operation) {
+  struct Slot {
+    std::once_flag once;
+    cudaMemPool_t pool = nullptr;
+  };
+  static std::array<Slot, max_devices> slots;
+  Slot& slot = slots.at(static_cast<std::size_t>(device));
+  std::call_once(slot.once, [&] { slot.pool = make_scratch_pool(device, operation); });
+  return slot.pool;
 }
 
 }  // namespace
@@ -91,7 +157,26 @@ void check_driver(int version, const char* operation, const char* reason) {
 void throw_launch_error(cudaError_t error, const char* operation, cudaStream_t stream) {
   cudaGetLastError();
   check_stream(stream, operation);
+  if (error == cudaErrorMemoryAllocation) {
+    throw CudaError(message(
+        operation, ": no device memory is left to load a kernel: ", cudaGetErrorName(error)));
+  }
   throw_cuda_error(error, operation);
+}
+
+void allow_shared_bytes(const void* kernel, int bytes, const char* operation, cudaStream_t stream) {
+  static std::mutex mutex;
+  // By device and kernel. Not destroyed: a thread may launch while the process ends.
+  static auto& allowed = *new std::map<std::pair<int, const void*>, int>;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), operation);
+  const std::lock_guard lock(mutex);
+  int& known = allowed[{device, kernel}];
+  if (known >= bytes) return;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) throw_launch_error(error, operation, stream);
+  known = bytes;
 }
 
 void check_stream(cudaStream_t stream, const char* operation) {
@@ -108,9 +193,8 @@ void check_stream(cudaStream_t stream, const char* operation) {
 }
 
 const DeviceTraits& device_traits(int device, const char* operation) {
-  constexpr int max_devices = 64;  // torch's own limit is 16, or 64 in a build for more
-  check(device >= 0 && device < max_devices, operation, ": the device is cuda:", device,
-        ", want an index from 0 to ", max_devices - 1);
+  check(device >= 0 && device < static_cast<int>(max_devices), operation,
+        ": the device is cuda:", device, ", want an index from 0 to ", max_devices - 1);
   static std::array<std::atomic<const DeviceTraits*>, max_devices> known{};
   std::atomic<const DeviceTraits*>& slot = known[static_cast<std::size_t>(device)];
   if (const DeviceTraits* traits = slot.load(std::memory_order_acquire)) return *traits;
@@ -129,7 +213,7 @@ DeviceGuard::DeviceGuard(Device device, const char* operation) : current_(device
 }
 
 DeviceGuard::~DeviceGuard() {
-  if (current_ != previous_) cudaSetDevice(previous_);
+  if (current_ != previous_ && has_context(previous_)) cudaSetDevice(previous_);
 }
 
 StreamBuffer::StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* operation)
@@ -138,7 +222,9 @@ StreamBuffer::StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* o
   check_cuda(cudaGetDevice(&device), operation);
   is_pooled_ = attribute(cudaDevAttrMemoryPoolsSupported, device, operation) != 0;
   const std::string what = message(operation, ": ", bytes, " bytes of scratch memory");
-  check_cuda(is_pooled_ ? cudaMallocAsync(&data_, bytes, stream) : cudaMalloc(&data_, bytes),
+  check_cuda(is_pooled_
+                 ? cudaMallocFromPoolAsync(&data_, bytes, scratch_pool(device, operation), stream)
+                 : cudaMalloc(&data_, bytes),
              what.c_str());
 }
 

@@ -23,7 +23,13 @@ inline void check_cuda(cudaError_t error, const char* what) {
 
 /// Throws what a failed launch on `stream` means. A launch refuses a stream of another device by
 /// itself, so that nothing has to ask before; here that becomes an InvalidArgument with both names.
+/// Memory that is missing for a kernel's code is a CudaError: OutOfMemory promises that nothing has
+/// been queued, and a launch before this one may have been.
 [[noreturn]] void throw_launch_error(cudaError_t error, const char* operation, cudaStream_t stream);
+
+/// Lets `kernel` be launched with so much dynamic shared memory, more than 48 KB, on the current
+/// device. A look-up, but for the first time; allowed while a CUDA graph is recorded.
+void allow_shared_bytes(const void* kernel, int bytes, const char* operation, cudaStream_t stream);
 
 /// Throws InvalidArgument if `stream` belongs to another device than the current one. For work that
 /// CUDA queues on any stream without a word, such as copies: a launch needs no check.
@@ -37,6 +43,9 @@ void check_stream(cudaStream_t stream, const char* operation);
 const DeviceTraits& device_traits(int device, const char* operation);
 
 /// Makes the operation's device the current one while it lives. Throws as device_traits.
+///
+/// Where the caller's device has no context the operation's stays current, as with torch's guards:
+/// to go back would make a context there, some 500 MB on a device that the process does not use.
 class DeviceGuard {
  public:
   DeviceGuard(Device device, const char* operation);
@@ -49,10 +58,27 @@ class DeviceGuard {
   int current_;
 };
 
+/// While it lives, calls of this thread that free, wait or allocate leave a CUDA graph alone that
+/// somebody else records. Otherwise such a call fails, and with it the capture, in whatever thread
+/// that is.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&other_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&other_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode other_ = cudaStreamCaptureModeRelaxed;
+};
+
 /// Device memory that work queued on `stream` may use; what is queued after its end may not.
 ///
-/// It comes from the stream's memory pool, so that neither taking nor returning it waits for the
-/// device. Where the device has no pools (some virtual GPUs) both do.
+/// It comes from a memory pool of this library, one a device, so that neither taking nor returning
+/// it waits for the device; while a CUDA graph is recorded, from the graph's own memory. Where the
+/// device has no pools (some virtual GPUs) both wait.
+///
+/// An operation takes it before it queues anything: see OutOfMemory in core/operations.h.
 class StreamBuffer {
  public:
   StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* operation);

@@ -154,7 +154,7 @@ class PagedReport(TypedDict):
 class PagedBuffer:
     """Memory for optimiser state, in pages that need not all be on the device at a time.
 
-    csrc/core/paged_buffer.h has its contract.
+    csrc/core/paged_buffer.h has its contract. `device` is "cpu" or "cuda:N".
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class PagedBuffer:
     @property
     def page_count(self) -> int: ...
     def memory(self, offset: int, bytes: int) -> PagedMemory:
-        """The bytes where the host sees them: on "cuda" of managed memory, on "cpu" of pinned."""
+        """The bytes where the host sees them: on the GPU of managed memory, on "cpu" of pinned."""
 
     def begin(self, page: int, stream: int) -> PagedMemory: ...
     def end(self, page: int, stream: int) -> None: ...

@@ -67,6 +67,42 @@ assert peak_kib() - before < 256 << 10, (before, peak_kib())
     assert result.returncode == 0, result.stderr
 
 
+def test_other_threads_run_while_a_buffer_is_freed():
+    # The interpreter takes the GIL from nobody here: the thread runs when the GIL is let go.
+    code = """
+import sys, threading, time, torch
+from qlora_native._core import PagedBuffer
+sys.setswitchinterval(1000)
+turns, is_over = 0, False
+def take_turns():
+    global turns
+    while not is_over:
+        turns += 1
+        time.sleep(0)
+thread = threading.Thread(target=take_turns)
+thread.start()
+seen = []
+for keep_tensor in (False, True):
+    for _ in range(20):
+        owner = PagedBuffer("cpu", 256 << 20)
+        tensor = torch.from_dlpack(owner.memory(0, owner.bytes)).fill_(1)
+        if keep_tensor:
+            owner = tensor
+        del tensor
+        before = turns
+        del owner
+        is_seen = turns > before
+        if is_seen:
+            break
+    seen.append(is_seen)
+is_over = True
+thread.join()
+assert seen == [True, True], seen
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_other_devices_and_copies_are_refused():
     memory = PagedBuffer("cpu", 16).memory(0, 16)
     assert memory.__dlpack_device__() == (1, 0)
@@ -106,7 +142,8 @@ def test_on_the_cpu_nothing_moves():
         (("cpu", 1), {"strategy": "managed"}, "strategy is managed, on the CPU want ordinary"),
         (("cpu", 1), {"strategy": "disk"}, "strategy is 'disk', want automatic, ordinary, managed"),
         (("cpu", 1), {"resident_bytes": 1 << 30}, "on the CPU leave it out"),
-        (("cuda:", 1), {}, "device is 'cuda:', want cpu, cuda or cuda:N"),
+        (("cuda", 1), {}, "device is 'cuda', want cpu or cuda:N"),
+        (("cuda:", 1), {}, "device is 'cuda:', want cpu or cuda:N"),
         (("cuda:-1", 1), {}, "device is 'cuda:-1'"),
         (("cuda:99999999999", 1), {}, "device is 'cuda:99999999999'"),
         (("xpu", 1), {}, "device is 'xpu'"),
@@ -149,7 +186,7 @@ def gpu_buffer(pages: int, page_bytes: int, strategy: str, resident: int | None)
     size = gpu_bytes(pages, page_bytes)
     try:
         return PagedBuffer(
-            "cuda", size, page_bytes=page_bytes, strategy=strategy, resident_bytes=budget
+            "cuda:0", size, page_bytes=page_bytes, strategy=strategy, resident_bytes=budget
         )
     except NotImplementedError as error:
         pytest.skip(str(error))
@@ -193,7 +230,7 @@ def test_device_memory_that_runs_out_is_torchs_error_and_nothing_stays():
     before = torch.cuda.mem_get_info()[0]
     for _ in range(3):
         with pytest.raises(torch.OutOfMemoryError, match="bytes of device memory"):
-            PagedBuffer("cuda", 1 << 46, page_bytes=1 << 44, strategy="pinned")
+            PagedBuffer("cuda:0", 1 << 46, page_bytes=1 << 44, strategy="pinned")
     assert torch.cuda.mem_get_info()[0] >= before - (64 << 20)  # what the context itself took
 
 
@@ -205,7 +242,7 @@ import qlora_native
 from qlora_native._core import PagedBuffer
 torch, sys.modules["torch"] = sys.modules["torch"], types.ModuleType("torch")
 try:
-    PagedBuffer("cuda", 1 << 46, page_bytes=1 << 44, strategy="pinned")
+    PagedBuffer("cuda:0", 1 << 46, page_bytes=1 << 44, strategy="pinned")
 except MemoryError as error:
     assert "bytes of device memory" in str(error)
 else:

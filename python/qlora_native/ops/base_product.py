@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_native import _core
 from qlora_native.ops.kernel_choice import prefers_native
-from qlora_native.ops.storage import NF4Tensors, execution, in_memory
+from qlora_native.ops.storage import NF4Tensors, execution, in_memory, run_core
 
 BaseWeight: TypeAlias = NF4Tensors | Tensor
 
@@ -27,7 +27,7 @@ def base_forward(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
     if isinstance(weight, NF4Tensors) and prefers_native(x, weight, "forward"):
         y = x.new_empty(*x.shape[:-1], weight.n)
         bias = None if bias is None else in_memory(bias)
-        _core.nf4_linear(in_memory(x), weight, bias, y, *execution(x))
+        run_core(_core.nf4_linear, in_memory(x), weight, bias, y, *execution(x))
         return y
     with autocast_disabled(x):
         y = F.linear(rows_of(x), _dense(weight, x.dtype), bias)
@@ -38,7 +38,7 @@ def base_grad_input(dy: Tensor, weight: BaseWeight) -> Tensor:
     """dx[..., k] = dy[..., n] · W, no view."""
     if isinstance(weight, NF4Tensors) and prefers_native(dy, weight, "grad_input"):
         dx = dy.new_empty(*dy.shape[:-1], weight.k)
-        _core.nf4_linear_grad_input(in_memory(dy), weight, dx, *execution(dy))
+        run_core(_core.nf4_linear_grad_input, in_memory(dy), weight, dx, *execution(dy))
         return dx
     with autocast_disabled(dy):
         dx = torch.mm(rows_of(dy), _dense(weight, dy.dtype))
@@ -74,7 +74,7 @@ def _dense(weight: BaseWeight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.to(dtype)
     out = _workspace(weight.n * weight.k, dtype, weight.codes.device).view(weight.n, weight.k)
-    _core.nf4_dequantize(weight, out, *execution(out))
+    run_core(_core.nf4_dequantize, weight, out, *execution(out))
     return out
 
 

@@ -16,6 +16,7 @@ from qlora_native.ops.storage import (
     empty_nf4_tensors,
     execution,
     in_memory,
+    run_core,
 )
 
 
@@ -38,7 +39,7 @@ def quantize(w: Tensor, block_size: int, double_quant: bool) -> NF4Tensors:
 
 def _quantize(w: Tensor, n: int, k: int, block_size: int, double_quant: bool) -> NF4Tensors:
     out = empty_nf4_tensors(n, k, block_size, double_quant, w.device)
-    _core.nf4_quantize(in_memory(w).view(n, k), out, *execution(w))
+    run_core(_core.nf4_quantize, in_memory(w).view(n, k), out, *execution(w))
     return out
 
 
@@ -55,7 +56,7 @@ def _dequantize(weight: NF4Tensors, dtype: torch.dtype, out: Tensor | None = Non
         out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.codes.device)
     elif not out.is_inference():
         increment_version(out)  # so that autograd sees the write, as of any in-place operation
-    _core.nf4_dequantize(weight, out, *execution(out))
+    run_core(_core.nf4_dequantize, weight, out, *execution(out))
     return out
 
 
@@ -68,7 +69,7 @@ def dequantize_absmax(weight: NF4Tensors) -> Tensor:
 
 def _dequantize_absmax(weight: NF4Tensors) -> Tensor:
     out = torch.empty(weight.absmax.shape[0], dtype=torch.float32, device=weight.codes.device)
-    _core.nf4_dequantize_absmax(weight, out, *execution(out))
+    run_core(_core.nf4_dequantize_absmax, weight, out, *execution(out))
     return out
 
 

@@ -23,7 +23,7 @@ from qlora_native.ops.linear import (
     grad_bias,
     nf4_linear_grad_input,
 )
-from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution, in_memory
+from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution, in_memory, run_core
 
 _ROWS = 1024  # converted to fp32 at a time
 
@@ -128,7 +128,7 @@ def _dropped(x: Tensor, factors: LoRAFactors, out: Tensor | None = None) -> Tens
     if factors.seed is None:
         return x
     out = torch.empty_like(x) if out is None else out
-    _core.dropout(x, factors.p, factors.seed, out, *execution(x))
+    run_core(_core.dropout, x, factors.p, factors.seed, out, *execution(x))
     return out
 
 
@@ -142,9 +142,8 @@ def forward(
     dropped = _dropped(x, factors)
     if lora_prefers_native(x, lora_b):
         t = x.new_empty(x.shape[:-1].numel(), lora_a.shape[0])
-        _core.lora_forward(
-            dropped, in_memory(lora_a), in_memory(lora_b), scaling, t, y, *execution(x)
-        )
+        a, b = in_memory(lora_a), in_memory(lora_b)
+        run_core(_core.lora_forward, dropped, a, b, scaling, t, y, *execution(x))
         return y, t
     with autocast_disabled(x):
         t = torch.mm(rows_of(dropped), lora_a.to(x.dtype).t())
@@ -165,7 +164,8 @@ def backward(
     if lora_prefers_native(x, lora_b):
         a, b = in_memory(lora_a), in_memory(lora_b)
         grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
-        _core.lora_backward(dy, dropped, t, a, b, scaling, grad_a, grad_b, dx_lora, *execution(x))
+        gradients = grad_a, grad_b, dx_lora
+        run_core(_core.lora_backward, dy, dropped, t, a, b, scaling, *gradients, *execution(x))
     else:
         with autocast_disabled(x):
             b = lora_b.to(x.dtype)

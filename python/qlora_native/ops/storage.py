@@ -1,7 +1,7 @@
 """The tensors that an NF4 weight is stored in, and how the core is told where to run."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ NF4_SCHEMA = (
     "SymInt n, SymInt k, SymInt block_size"
 )
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_Result = TypeVar("_Result")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # any other tensor may keep its memory elsewhere
 
 
@@ -78,3 +79,19 @@ def execution(tensor: Tensor) -> tuple[int, int]:
     if tensor.is_cuda:
         return 1, _current_raw_stream(tensor.get_device())
     return torch.get_num_threads(), 0
+
+
+def run_core(operation: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
+    """One call of the core; a second one, if GPU memory ran out, with what torch had cached.
+
+    The core's scratch memory is not torch's, whose allocator frees its cache before it gives up,
+    but for its own allocations alone. Nothing has been queued when the core runs out of memory
+    (csrc/core/operations.h), so that also what adds to its output can be called again.
+    """
+    try:
+        return operation(*arguments, **named)
+    except torch.OutOfMemoryError:
+        if torch.cuda.is_current_stream_capturing():  # no time to free memory
+            raise
+    torch.cuda.empty_cache()
+    return operation(*arguments, **named)

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_native import _core
-from qlora_native.ops.storage import FLOAT_DTYPES, PLAIN_TYPES, execution, in_memory
+from qlora_native.ops.storage import FLOAT_DTYPES, PLAIN_TYPES, execution, in_memory, run_core
 from qlora_native.optim.adamw_state import STATE_8BIT, STATE_32BIT, has_8bit_state, new_state
 
 _CPU = torch.device("cpu")
@@ -105,7 +105,8 @@ def run_batch(batch: Batch, states: _States, scaling: Scaling) -> None:
     reads_lr = device.type == "cuda" and isinstance(lr, Tensor) and lr.is_cuda
     num_threads, stream = execution(dense[0])
     core_step = _core.adamw8bit_step if is_8bit else _core.adamw_step
-    core_step(
+    run_core(
+        core_step,
         dense,
         grads,
         *(

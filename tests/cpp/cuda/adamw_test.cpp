@@ -259,6 +259,20 @@ TEST_P(CudaAdamW, StepsCanBeCapturedAndRunOnTheCallersStream) {
   EXPECT_EQ(emulator::device().synchronize_count, 0);
 }
 
+TEST_P(CudaAdamW, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
+  std::vector<Parameter> list;
+  for (int i = 0; i < 500; ++i) {
+    list.push_back(make_parameter({.is_8bit = is_8bit}, 3, generator));
+  }
+  DeviceList on_device(list);
+  HostTensor lr(DType::float32, {1});
+  AdamWStep step = step_number(1);
+  step.lr_tensor = on_cuda(lr.view());
+  emulator::device().is_out_of_memory = true;
+  EXPECT_THROW(step_list(on_device.views(), is_8bit, step), OutOfMemory);
+  EXPECT_EQ(emulator::device().launch_count, 0);
+}
+
 TEST_P(CudaAdamW, AFailedLaunchFreesItsMemory) {
   std::vector<Parameter> list = make_list(true);
   DeviceList on_device(list);

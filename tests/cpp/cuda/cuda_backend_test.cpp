@@ -48,6 +48,51 @@ TEST_F(CudaDevice, TheCallersDeviceIsCurrentAgainAfterwards) {
   EXPECT_EQ(emulator::device().current, 2);
 }
 
+TEST_F(CudaDevice, ADeviceThatTheProcessDoesNotUseGetsNoContext) {
+  emulator::device().current = 2;
+  emulator::device().without_context = {2, 3};
+  quantize();
+  EXPECT_EQ(emulator::device().without_context, (std::set<int>{2, 3}));
+  EXPECT_EQ(emulator::device().current, 0);
+}
+
+TEST_F(CudaDevice, EachDeviceHasOnePoolThatKeepsALittle) {
+  constexpr std::uint64_t kept = 64 << 20;
+  for (const int device : {0, 13}) {
+    emulator::device().current = device;
+    for (int i = 0; i < 2; ++i) {
+      const cuda::StreamBuffer buffer(1, nullptr, "test");
+      EXPECT_EQ(emulator::kept_bytes_of_pools(device), kept);
+    }
+  }
+}
+
+TEST_F(CudaDevice, APoolIsMadeWhileAGraphIsRecorded) {
+  emulator::device().current = 14;
+  emulator::device().is_capturing = true;
+  const cuda::StreamBuffer buffer(1, nullptr, "test");
+  EXPECT_GT(emulator::kept_bytes_of_pools(14), 0u);
+  EXPECT_EQ(emulator::device().broken_captures, 0);
+  EXPECT_EQ(emulator::device().capture_mode, cudaStreamCaptureModeGlobal);
+}
+
+TEST_F(CudaDevice, AKernelAsksForSharedMemoryOnceADevice) {
+  const int kernel = 0;  // its address stands for one
+  const auto attributes_after = [&](int device, int bytes) {
+    emulator::device().current = device;
+    cuda::allow_shared_bytes(&kernel, bytes, "test", nullptr);
+    EXPECT_GE(emulator::allowed_shared_bytes(&kernel), static_cast<std::size_t>(bytes));
+    return emulator::device().attribute_count;
+  };
+  EXPECT_EQ(attributes_after(0, 60000), 1);
+  EXPECT_EQ(attributes_after(0, 60000), 1);
+  EXPECT_EQ(attributes_after(0, 50000), 1);
+  EXPECT_EQ(attributes_after(0, 70000), 2);
+  EXPECT_EQ(attributes_after(1, 50000), 3);
+  for (int i = 0; i < 2; ++i) EXPECT_THROW(attributes_after(0, 1 << 20), CudaError);
+  EXPECT_EQ(attributes_after(0, 70000), 5);  // what failed is not kept
+}
+
 TEST_F(CudaDevice, WithoutMemoryPoolsScratchMemoryIsTakenTheOldWay) {
   emulator::device().has_memory_pools = false;
   quantize();
@@ -120,6 +165,13 @@ TEST_F(CudaDevice, MemoryThatRunsOutIsOutOfMemory) {
       "nf4_quantize: 280 bytes of scratch memory: cudaErrorMemoryAllocation: "
       "as the emulator was told",
       [&] { quantize(); });
+}
+
+TEST_F(CudaDevice, MemoryThatRunsOutAtALaunchDoesNotPromiseThatNothingIsQueued) {
+  emulator::device().launch_error = cudaErrorMemoryAllocation;
+  expect_error<CudaError>(
+      "nf4_dequantize: no device memory is left to load a kernel: cudaErrorMemoryAllocation",
+      [&] { dequantize(); });
 }
 
 TEST_F(CudaDevice, AFailedLaunchFreesTheScratchMemory) {

@@ -175,10 +175,10 @@ TEST_F(Emulator, FindsUnalignedAccessesOfGlobalMemory) {
 TEST_F(Emulator, RefusesMoreSharedMemoryThanThereIs) {
   run(access_kernel, {1, 1, 227 * 1024}, 0, 0);
   EXPECT_THROW(run(access_kernel, {1, 1, 227 * 1024 + 1}, 0, 0), CudaError);
-  emulator::device() = {};
+  emulator::device().current = 1;  // where the kernel has not asked
   cudaLaunchConfig_t config{.gridDim = 1, .blockDim = 1, .dynamicSmemBytes = 48 * 1024};
   EXPECT_EQ(cudaLaunchKernelEx(&config, access_kernel, 0, 0), cudaSuccess);
-  config.dynamicSmemBytes += 1;  // that the kernel has not asked for
+  config.dynamicSmemBytes += 1;
   EXPECT_EQ(cudaLaunchKernelEx(&config, access_kernel, 0, 0), cudaErrorInvalidValue);
 }
 

@@ -192,6 +192,7 @@ TEST_F(CudaLoRADevice, WithoutMemoryNothingIsTouched) {
   const HostTensor y = forward.y, dx = backward.dx;
   EXPECT_THROW(lora_forward(on_cuda(forward.arguments()), {}), OutOfMemory);
   EXPECT_THROW(lora_backward(on_cuda(backward.arguments()), {}), OutOfMemory);
+  EXPECT_EQ(emulator::device().launch_count, 0);
   EXPECT_EQ(forward.y.bytes(), y.bytes());
   EXPECT_EQ(backward.dx.bytes(), dx.bytes());
 }

@@ -309,6 +309,20 @@ TEST_P(CudaMatmul, TheBackendRunsWhatIsPlanned) {
   }
 }
 
+TEST_P(CudaMatmul, WithoutMemoryForPartialSumsNothingIsQueued) {
+  if (dtype == DType::float32) GTEST_SKIP() << "the plain kernel has none";
+  for (const std::int64_t m : {1, 40}) {
+    StoredWeight weight(is_forward ? 64 : 4096, is_forward ? 4096 : 64, 64, false);
+    HostTensor input(dtype, {m, 4096}), output(dtype, {m, 64});
+    emulator::device().is_out_of_memory = true;
+    EXPECT_THROW(
+        run({direction, on_cuda(input.view()), on_cuda(output.view()), on_cuda(weight.view()), {}}),
+        OutOfMemory)
+        << m << " tokens";
+    EXPECT_EQ(emulator::device().launch_count, 0);
+  }
+}
+
 TEST_P(CudaMatmul, TheBackendTakesAnyAddress) {
   const std::size_t element = dtype == DType::float32 ? 4 : 2;
   const auto run_plain = [&](const NF4Matmul& matmul) {

@@ -257,6 +257,20 @@ TEST_P(CudaPaging, ItIsFreedWhileItsPagesAreOnTheirWay) {
   cudaStreamSynchronize(stream);
 }
 
+TEST_P(CudaPaging, ItIsMadeAndFreedWhileSomebodyRecordsAGraph) {
+  const Stream stream;
+  auto used = make(GetParam());
+  used->begin(0, stream);
+  used->end(0, stream);
+  device().is_capturing = true;
+  auto fresh = make(GetParam());
+  used.reset();
+  fresh.reset();
+  EXPECT_EQ(device().broken_captures, 0);
+  EXPECT_EQ(device().capture_mode, cudaStreamCaptureModeGlobal);
+  device().is_capturing = false;
+}
+
 TEST_P(CudaPaging, APageComesAfterWhatTheCallersStreamWrote) {
   for (const Turn turn : {Turn::oldest_stream, Turn::newest_stream}) {
     streams().turn = turn;

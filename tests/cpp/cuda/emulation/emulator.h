@@ -18,7 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <map>
+#include <set>
 #include <source_location>
 #include <string>
 #include <type_traits>
@@ -55,8 +55,11 @@ struct Device {
 
   int max_shared_bytes = 227 * 1024;  // that a kernel may ask for
 
-  int current = 0;                                     // cudaSetDevice
-  std::map<const void*, std::size_t> shared_bytes_of;  // what kernels have asked for
+  int current = 0;                // cudaSetDevice
+  std::set<int> without_context;  // devices that nobody has set or used
+  cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;  // of the one thread
+  int broken_captures = 0;  // calls that a capture does not survive, while one went on
+  int attribute_count = 0;  // cudaFuncSetAttribute
   int launch_count = 0;
   int synchronize_count = 0;
   int live_allocations = 0;
@@ -66,6 +69,15 @@ struct Device {
 
 /// The one device. Tests begin with `device() = {}`.
 Device& device();
+
+/// A call that invalidates a capture, unless the thread's mode allows it.
+void note_unsafe_call();
+
+/// What a kernel has asked for on the current device, in any test so far.
+std::size_t allowed_shared_bytes(const void* kernel);
+
+/// What the pools of a device keep when nobody uses them, of those made in any test so far.
+std::uint64_t kept_bytes_of_pools(int index);
 
 /// One launch of a kernel.
 struct Launch {

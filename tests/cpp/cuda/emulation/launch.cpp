@@ -19,7 +19,7 @@ cudaError_t run(const Launch& launch, Index& thread_index, Index& block_index, I
     return cudaErrorInvalidValue;
   }
   if (launch.shared_bytes > shared_bytes_without_asking &&
-      launch.shared_bytes > device().shared_bytes_of[launch.kernel]) {
+      launch.shared_bytes > allowed_shared_bytes(launch.kernel)) {
     return cudaErrorInvalidValue;
   }
   if (device().launch_error != cudaSuccess) return device().launch_error;

@@ -1,6 +1,12 @@
 // The CUDA runtime's functions, on the emulated device.
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <map>
+#include <string_view>
+#include <utility>
+
+#include <cuda.h>
 
 #include "cuda/emulation/emulator.h"
 #include "cuda/emulation/streams.h"
@@ -11,6 +17,52 @@ emulator::Device& emulator::device() {
 }
 
 using emulator::device;
+
+struct CUmemPoolHandle_st {
+  int device;
+  std::uint64_t kept_bytes = 0;
+};
+
+namespace {
+
+// What outlives a test: the backend makes a pool, and asks for shared memory, once.
+std::deque<CUmemPoolHandle_st> pools;
+std::map<std::pair<int, const void*>, std::size_t> shared_bytes_of;
+
+cudaError_t allocate(void** memory, std::size_t bytes) {
+  if (device().is_out_of_memory || emulator::is_to_fail()) return cudaErrorMemoryAllocation;
+  *memory = std::malloc(bytes);
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
+  std::memset(*memory, 0xa5, bytes);  // poison: nothing may rely on fresh memory
+  ++device().live_allocations;
+  return cudaSuccess;
+}
+
+void release(void* memory) {
+  emulator::forget_managed(memory);
+  std::free(memory);
+  --device().live_allocations;
+}
+
+}  // namespace
+
+void emulator::note_unsafe_call() {
+  if (device().is_capturing && device().capture_mode != cudaStreamCaptureModeRelaxed) {
+    ++device().broken_captures;
+  }
+}
+
+std::size_t emulator::allowed_shared_bytes(const void* kernel) {
+  return shared_bytes_of[{device().current, kernel}];
+}
+
+std::uint64_t emulator::kept_bytes_of_pools(int index) {
+  std::uint64_t bytes = 0;
+  for (const CUmemPoolHandle_st& pool : pools) {
+    if (pool.device == index) bytes += pool.kept_bytes;
+  }
+  return bytes;
+}
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
@@ -45,6 +97,7 @@ cudaError_t cudaGetDevice(int* index) {
 
 cudaError_t cudaSetDevice(int index) {
   device().current = index;
+  device().without_context.erase(index);
   return device().driver_error;
 }
 
@@ -65,33 +118,53 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  ++device().attribute_count;
   if (value > device().max_shared_bytes) return cudaErrorInvalidValue;
-  device().shared_bytes_of[kernel] = static_cast<std::size_t>(value);
+  shared_bytes_of[{device().current, kernel}] = static_cast<std::size_t>(value);
   return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
-  if (device().is_out_of_memory || emulator::is_to_fail()) return cudaErrorMemoryAllocation;
-  *memory = std::malloc(bytes);
-  if (*memory == nullptr) return cudaErrorMemoryAllocation;
-  std::memset(*memory, 0xa5, bytes);  // poison: nothing may rely on fresh memory
-  ++device().live_allocations;
-  return cudaSuccess;
+  emulator::note_unsafe_call();
+  return allocate(memory, bytes);
 }
 
 cudaError_t cudaFree(void* memory) {
-  emulator::forget_managed(memory);
-  std::free(memory);
-  --device().live_allocations;
+  emulator::note_unsafe_call();
+  release(memory);
   return cudaSuccess;
 }
 
-cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_t) {
-  if (!device().has_memory_pools) return cudaErrorInvalidValue;
-  return cudaMalloc(memory, bytes);
+cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps* properties) {
+  if (!device().has_memory_pools || properties->allocType != cudaMemAllocationTypePinned ||
+      properties->location.type != cudaMemLocationTypeDevice) {
+    return cudaErrorInvalidValue;
+  }
+  emulator::note_unsafe_call();
+  *pool = &pools.emplace_back(CUmemPoolHandle_st{.device = properties->location.id});
+  return cudaSuccess;
 }
 
-cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return cudaFree(memory); }
+cudaError_t cudaMemPoolDestroy(cudaMemPool_t pool) {
+  pool->kept_bytes = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr, void* value) {
+  std::memcpy(&pool->kept_bytes, value, sizeof pool->kept_bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPool_t pool,
+                                    cudaStream_t) {
+  if (!device().has_memory_pools || pool->device != device().current) return cudaErrorInvalidValue;
+  return allocate(memory, bytes);
+}
+
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
+  release(memory);
+  return cudaSuccess;
+}
 
 cudaError_t cudaMemsetAsync(void* memory, int byte, std::size_t bytes, cudaStream_t) {
   if (bytes > 0) std::memset(memory, byte, bytes);
@@ -112,7 +185,28 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
   return cudaSuccess;
 }
 
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, device().capture_mode);
+  return cudaSuccess;
+}
+
+CUresult cuDevicePrimaryCtxGetState(CUdevice index, unsigned* flags, int* is_active) {
+  *flags = 0;
+  *is_active = !device().without_context.contains(index);
+  return CUDA_SUCCESS;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** address, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const bool is_known = std::string_view(symbol) == "cuDevicePrimaryCtxGetState";
+  *address = is_known ? reinterpret_cast<void*>(&cuDevicePrimaryCtxGetState) : nullptr;
+  *result = is_known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  emulator::note_unsafe_call();
   ++device().synchronize_count;
   emulator::wait_for(stream);
   return cudaSuccess;

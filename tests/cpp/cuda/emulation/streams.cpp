@@ -193,6 +193,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  emulator::note_unsafe_call();
   emulator::wait_for(stream);
   std::erase(made_streams, stream);
   delete stream;
@@ -213,6 +214,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  emulator::note_unsafe_call();
   delete event;
   --streams().live;
   return cudaSuccess;
@@ -225,6 +227,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  emulator::note_unsafe_call();
   ++device().synchronize_count;
   run_until([is_reached = event->is_reached] { return *is_reached; });
   return cudaSuccess;
@@ -240,6 +243,7 @@ cudaError_t cudaMallocManaged(void** memory, std::size_t bytes, unsigned) {
 }
 
 cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
+  emulator::note_unsafe_call();
   if (is_to_fail()) return cudaErrorMemoryAllocation;
   *memory = std::malloc(bytes);
   std::memset(*memory, 0xa5, bytes);
@@ -249,6 +253,7 @@ cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
 }
 
 cudaError_t cudaFreeHost(void* memory) {
+  emulator::note_unsafe_call();
   if (pinned.erase(memory) == 0) fail("this memory was not pinned");
   std::free(memory);
   --streams().live;
