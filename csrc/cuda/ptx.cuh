@@ -47,6 +47,9 @@ __device__ inline Bytes16 load_16_bytes_once(const void* address) {
   const uint4 v = __ldcs(static_cast<const uint4*>(address));
   return {{v.x, v.y, v.z, v.w}};
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 16);
+#endif
   Bytes16 value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -87,6 +90,9 @@ __device__ inline Bytes8 load_8_bytes(const void* address) {
   const uint2 v = *static_cast<const uint2*>(address);
   return {{v.x, v.y}};
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 8);
+#endif
   Bytes8 value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -98,6 +104,9 @@ __device__ inline void store_8_bytes(void* address, const Bytes8& value) {
 #if defined(__CUDA_ARCH__)
   *static_cast<uint2*>(address) = make_uint2(value.words[0], value.words[1]);
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 8);
+#endif
   std::memcpy(address, &value, sizeof value);
 #endif
 }
