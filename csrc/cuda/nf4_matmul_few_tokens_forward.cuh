@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(few_tokens_threads,
 
   const int unit_count = a.k / forward_columns_per_unit;  // those that are whole
   const int unit_stride = few_tokens_warps * a.split;
-  const int first_unit = part * few_tokens_warps + thread / lanes_per_warp;
+  const int first_unit = part * few_tokens_warps + warp_index(thread);
   typename Warp::Codes on_their_way[stages];
 #pragma unroll
   for (int stage = 0; stage < stages; ++stage) {

@@ -16,6 +16,13 @@ namespace qlora::cuda {
 inline constexpr int lanes_per_warp = 32;
 inline constexpr unsigned all_lanes = 0xffffffffu;
 
+/// The warp of a thread. The compiler cannot know that thread / 32 is one number for all lanes of a
+/// warp; of what lane 0 broadcasts it does know, and does not guard branches on it with the code that
+/// brings a divergent warp together again. The whole warp calls this.
+__device__ inline int warp_index(int thread) {
+  return __shfl_sync(all_lanes, thread / lanes_per_warp, 0);
+}
+
 /// What one lane moves by one access at full width.
 struct alignas(16) Bytes16 {
   std::uint32_t words[4];
