@@ -77,7 +77,7 @@ template <typename T>
 __global__ void __launch_bounds__(lora_threads, 3)
     lora_expand_kernel(const LoRAExpandArguments<T> a) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
-  const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
+  const int warp = warp_index(static_cast<int>(threadIdx.x));
   const std::int64_t first_column = std::int64_t{blockIdx.x % a.column_tiles} * lora_tile;
   const std::int64_t first_tile =
       std::int64_t{blockIdx.x / a.column_tiles} * a.token_tiles_per_group;
