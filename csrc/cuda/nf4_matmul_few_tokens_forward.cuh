@@ -84,6 +84,7 @@ class ForwardWarp {
       for (int tile = 0; tile < token_tiles; ++tile) {
         input[tile] = is_full || has_columns(unit) ? load_16_bytes(from[tile] + 8 * i) : Bytes16{};
       }
+      if constexpr (!is_full) __syncwarp();  // mma wants all lanes, also those without columns
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll

@@ -83,6 +83,7 @@ class GradWarp {
     for (int tile = 0; tile < token_tiles; ++tile) load_input<is_full>(input[tile], tile, unit);
     float scales[grad_rows_per_lane];
     decode_scales<is_full>(weight, unit, scales);
+    if constexpr (!is_full) __syncwarp();  // mma wants all lanes, also those without rows
 #pragma unroll
     for (int byte = 0; byte < bytes; ++byte) {
       std::uint32_t fragment[4];

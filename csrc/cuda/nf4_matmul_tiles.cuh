@@ -405,6 +405,7 @@ __global__ void __launch_bounds__(thread_count, min_thread_blocks<tokens>)
     weight_copies.copy(stage + 3, codes_of(after(weight_slot, 3, weight_stages)));
     token_copies.copy(stage + 2, tokens_of(after(token_slot, 2, token_stages)));
     commit_copies();
+    __syncwarp();  // mma wants all lanes, also those with no scale to load
 
     const Shared<T> tokens_now = tokens_of(token_slot);
     encoded.load(codes_of(weight_slot), scales_of(weight_slot), warp, lane, 1);

@@ -91,6 +91,17 @@ __device__ inline void store_16_bytes(void* address, const Bytes16& value) {
 #endif
 }
 
+/// store_16_bytes by an instruction for global memory alone, for where the compiler does not find the
+/// address space by itself and makes a generic store. (Elsewhere it folds addresses better.)
+__device__ inline void store_16_bytes_to_global(void* address, const Bytes16& value) {
+#if defined(__CUDA_ARCH__)
+  __stwb(static_cast<uint4*>(address),
+         make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]));
+#else
+  store_16_bytes(address, value);
+#endif
+}
+
 /// `address` is aligned to 8 bytes.
 __device__ inline Bytes8 load_8_bytes(const void* address) {
 #if defined(__CUDA_ARCH__)
