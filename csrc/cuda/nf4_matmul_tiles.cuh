@@ -336,7 +336,7 @@ __device__ void store_sums(const Arguments<T>& a, const Tile& tile, const Sums<t
         Bytes16 bits;
 #pragma unroll
         for (int c = 0; c < 4; ++c) bits.words[c] = std::bit_cast<std::uint32_t>(four[c]);
-        store_16_bytes(to, bits);
+        store_16_bytes_to_global(to, bits);
       } else {
         const float values[4] = {four[0] + bias.values[0], four[1] + bias.values[1],
                                  four[2] + bias.values[2], four[3] + bias.values[3]};
