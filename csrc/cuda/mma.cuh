@@ -1,7 +1,8 @@
 // The tensor cores' instructions for a warp: mma.m16n8k16 and ldmatrix. All 32 lanes call them
 // together. PTX ISA, sections "Matrix Fragments for mma.m16n8k16 with floating point type" and
-// "ldmatrix". Their `.aligned` wants the lanes to be together: __syncwarp after code that only some of
-// them run, and asm volatile, which the compiler does not move into such code.
+// "ldmatrix". Their `.aligned` wants the lanes to be together: put __syncwarp after code that only some
+// of them run. The asm is volatile, so that the compiler takes it for more than arithmetic that it may
+// put where it likes; that costs no instruction and no register here.
 //
 // With group = lane / 4 and pair = lane % 4, a lane holds, each register two neighbours along k:
 //
