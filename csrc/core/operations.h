@@ -5,7 +5,8 @@
 // one device. Sizes are int64; a size of 0 is allowed and does nothing.
 //
 // One numerical contract: y = x · dequantize(W, dtype of x)ᵀ, products and sums in fp32, one
-// rounding at the end.
+// rounding at the end. Sums in fp32 are taken in any order; a GPU's tensor cores, whose arithmetic is
+// not documented, also align the addends of a step and cut off what does not fit, where fp32 rounds.
 //
 // Errors, all thrown before an output is touched (but for what a comment says otherwise):
 //   InvalidArgument  a shape, dtype, device or number is wrong; the message names the operation and

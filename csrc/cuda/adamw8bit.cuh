@@ -185,7 +185,7 @@ static __global__ void __launch_bounds__(adamw_threads, adamw8bit_thread_blocks_
     adamw8bit_kernel(const __grid_constant__ AdamWArguments a) {
   if (is_skipped(a.found_inf)) return;
   const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % lanes_per_warp, warp = thread / lanes_per_warp;
+  const int lane = thread % lanes_per_warp, warp = warp_index(thread);
   const Shared<Bytes16> tables = dynamic_shared_memory<Bytes16>();
   constexpr int table_accesses = adamw8bit_shared_bytes / 16;
 #pragma unroll

@@ -9,8 +9,9 @@
 
 namespace qlora::cuda {
 
-/// Copies 16 bytes past L1, or writes 16 zero bytes (and reads nothing) unless `is_inside`. Both
-/// addresses are aligned to 16 bytes. L2 is asked for the whole line of 128 bytes, of which the next
+/// Copies 16 bytes past L1, or writes 16 zero bytes unless `is_inside`. Both addresses are aligned to
+/// 16 bytes and valid: PTX does not promise that `from` is never touched where no byte of it is
+/// copied, so pass one inside of the tensor even then. L2 is asked for the whole line of 128 bytes, of which the next
 /// copies are likely to want the rest.
 template <typename T>
 __device__ void copy_async_16(Shared<T> to, const void* from, bool is_inside = true) {

@@ -77,7 +77,7 @@ template <typename T>
 __global__ void __launch_bounds__(lora_threads, 3)
     lora_expand_kernel(const LoRAExpandArguments<T> a) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
-  const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
+  const int warp = warp_index(static_cast<int>(threadIdx.x));
   const std::int64_t first_column = std::int64_t{blockIdx.x % a.column_tiles} * lora_tile;
   const std::int64_t first_tile =
       std::int64_t{blockIdx.x / a.column_tiles} * a.token_tiles_per_group;
@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(lora_threads, 3)
       const std::uint32_t ranks[4] = {
           load_narrow_pair(a, token, rank), load_narrow_pair(a, token + 8, rank),
           load_narrow_pair(a, token, rank + 8), load_narrow_pair(a, token + 8, rank + 8)};
+      __syncwarp();  // ldmatrix and mma want all lanes, also those with nothing to load
 #pragma unroll
       for (int product = 0; product < 4 * groups; product += 2) {
         const int chunk = (2 * step + own.chunk) * lora_tile + warp_column + 8 * product + own.row;

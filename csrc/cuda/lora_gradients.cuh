@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(lora_threads, 2)
     wait_for_copies<lora_stages - 2>();
     __syncthreads();  // both tiles are there, and all warps are done with the step before
     copy_step(step + lora_stages - 1);
+    __syncwarp();  // ldmatrix and mma want all lanes, also those with nothing to copy
     const int stage = step % lora_stages;
     const LoRATile<T, 16> wide = wide_tile(stage);
     const LoRATile<T, 8> narrow = narrow_tile(stage);

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(lora_plain_threads)
     lora_plain_shrink_kernel(const LoRAPlainShrinkArguments<T> a) {
   constexpr int warps = lora_plain_threads / lanes_per_warp;
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
-  const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
+  const int warp = warp_index(static_cast<int>(threadIdx.x));
   const std::int64_t row_stride = a.are_ranks_columns ? 1 : a.columns;
   const std::int64_t column_stride = a.are_ranks_columns ? a.sums.ranks : 1;
   for (std::int64_t item = std::int64_t{blockIdx.x} * warps + warp;

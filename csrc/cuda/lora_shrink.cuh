@@ -88,7 +88,7 @@ template <typename T, bool are_ranks_columns>
 __global__ void __launch_bounds__(lora_threads, 2)
     lora_shrink_kernel(const LoRAShrinkArguments<T> a) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
-  const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
+  const int warp = warp_index(static_cast<int>(threadIdx.x));
   // Thread blocks that share rows are neighbours.
   const auto parts = static_cast<unsigned>(a.sums.parts);
   const unsigned part = blockIdx.x % parts;
@@ -130,6 +130,7 @@ __global__ void __launch_bounds__(lora_threads, 2)
     __syncthreads();  // both tiles are there, and all warps are done with the step before
     copy_step(step + lora_stages - 1);
     if (step + 1 < steps) factor.load(first_column(step + 1));
+    __syncwarp();  // ldmatrix and mma want all lanes, also those with nothing to load
     if (!has_rows) continue;
     const LoRATile<T, 8> wide = wide_tile(step % lora_stages), ranks = factor_tile(step % 2);
 #pragma unroll

@@ -50,7 +50,8 @@ class LoRATileCopy {
   /// From the tile that begins at `row` and `column` on.
   __device__ LoRATileCopy(const T* matrix, std::int64_t row_count, std::int64_t column_count,
                           std::int64_t row, std::int64_t column)
-      : row_stride_(column_count),
+      : matrix_(matrix),
+        row_stride_(column_count),
         rows_left_(row_count - row - own_row()),
         columns_left_(column_count - column - lora_elements_per_chunk * own_chunk()),
         from_(matrix + (row_count - rows_left_) * column_count + (column_count - columns_left_)) {}
@@ -60,9 +61,9 @@ class LoRATileCopy {
     if (own_chunk() >= chunks) return;
 #pragma unroll
     for (int row = 0; row < rows; row += rows_at_a_time) {
-      // Nothing is read at an address outside.
-      copy_async_16(tile.chunk(own_row() + row, own_chunk()), from_ + row * row_stride_,
-                    row < rows_left_ && columns_left_ > 0);
+      const bool is_inside = row < rows_left_ && columns_left_ > 0;
+      copy_async_16(tile.chunk(own_row() + row, own_chunk()),
+                    is_inside ? from_ + row * row_stride_ : matrix_, is_inside);
     }
   }
 
@@ -82,6 +83,7 @@ class LoRATileCopy {
   __device__ static int own_row() { return static_cast<int>(threadIdx.x) / chunks_per_row; }
   __device__ static int own_chunk() { return static_cast<int>(threadIdx.x) % chunks_per_row; }
 
+  const T* matrix_;
   std::int64_t row_stride_, rows_left_, columns_left_;
   const T* from_;
 };

@@ -1,6 +1,8 @@
 // The tensor cores' instructions for a warp: mma.m16n8k16 and ldmatrix. All 32 lanes call them
 // together. PTX ISA, sections "Matrix Fragments for mma.m16n8k16 with floating point type" and
-// "ldmatrix".
+// "ldmatrix". Their `.aligned` wants the lanes to be together: put __syncwarp after code that only some
+// of them run. The asm is volatile, so that the compiler takes it for more than arithmetic that it may
+// put where it likes; that costs no instruction and no register here.
 //
 // With group = lane / 4 and pair = lane % 4, a lane holds, each register two neighbours along k:
 //
@@ -25,12 +27,14 @@ __device__ void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4],
   emulator::multiply_accumulate<T>(d, a, b);
 #elif defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

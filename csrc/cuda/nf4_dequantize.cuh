@@ -122,7 +122,7 @@ template <typename T, bool is_nested>
 __global__ void __launch_bounds__(threads_per_thread_block)
     nf4_dequantize_kernel(const NF4DequantizeArguments<T> a) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
-  const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
+  const int warp = warp_index(static_cast<int>(threadIdx.x));
   constexpr std::int64_t elements_per_tile = dequantize_steps_per_tile * elements_per_step<T>;
   const WarpLevels level(lane);
   const ScaleReader<is_nested> scales(a.scales);

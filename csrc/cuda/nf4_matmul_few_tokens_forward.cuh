@@ -84,6 +84,7 @@ class ForwardWarp {
       for (int tile = 0; tile < token_tiles; ++tile) {
         input[tile] = is_full || has_columns(unit) ? load_16_bytes(from[tile] + 8 * i) : Bytes16{};
       }
+      if constexpr (!is_full) __syncwarp();  // mma wants all lanes, also those without columns
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(few_tokens_threads,
 
   const int unit_count = a.k / forward_columns_per_unit;  // those that are whole
   const int unit_stride = few_tokens_warps * a.split;
-  const int first_unit = part * few_tokens_warps + thread / lanes_per_warp;
+  const int first_unit = part * few_tokens_warps + warp_index(thread);
   typename Warp::Codes on_their_way[stages];
 #pragma unroll
   for (int stage = 0; stage < stages; ++stage) {

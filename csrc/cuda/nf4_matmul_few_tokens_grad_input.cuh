@@ -83,6 +83,7 @@ class GradWarp {
     for (int tile = 0; tile < token_tiles; ++tile) load_input<is_full>(input[tile], tile, unit);
     float scales[grad_rows_per_lane];
     decode_scales<is_full>(weight, unit, scales);
+    if constexpr (!is_full) __syncwarp();  // mma wants all lanes, also those without rows
 #pragma unroll
     for (int byte = 0; byte < bytes; ++byte) {
       std::uint32_t fragment[4];
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(few_tokens_threads,
 
   const int unit_count = a.n / grad_rows_per_unit;  // those that are whole
   const int unit_stride = few_tokens_warps * a.split;
-  const int first_unit = part * few_tokens_warps + thread / lanes_per_warp;
+  const int first_unit = part * few_tokens_warps + warp_index(thread);
   typename Warp::Codes on_their_way[stages];
 #pragma unroll
   for (int stage = 0; stage < stages; ++stage) {

@@ -2,7 +2,6 @@
 #include "cuda/nf4_matmul_tiles.h"
 
 #include <bit>
-#include <limits>
 #include <optional>
 
 #include "cuda/launch.cuh"
@@ -82,9 +81,8 @@ void launch_tiles(const NF4Matmul& matmul, const Plan& plan, cudaStream_t stream
 bool nf4_matmul_tiles_supports(const NF4Matmul& matmul, const DeviceTraits& device) {
   const NF4Weight& weight = matmul.weight;
   const DType dtype = matmul.input.dtype;
-  const Plan plan = tiles::choose_plan(matmul.m(), matmul.columns(), matmul.reduced(), device);
   return (dtype == DType::bfloat16 || dtype == DType::float16) && device.compute_capability >= 80 &&
-         plan.tokens > 0 && plan.thread_blocks() <= std::numeric_limits<int>::max() &&
+         tiles::has_plan(matmul.m(), matmul.columns(), device) &&
          weight.k % tiles::weights_per_chunk == 0 && matmul.reduced() % 8 == 0 &&
          is_aligned(matmul.input, 16) && is_aligned(weight.codes, 16);
 }

@@ -336,7 +336,7 @@ __device__ void store_sums(const Arguments<T>& a, const Tile& tile, const Sums<t
         Bytes16 bits;
 #pragma unroll
         for (int c = 0; c < 4; ++c) bits.words[c] = std::bit_cast<std::uint32_t>(four[c]);
-        store_16_bytes(to, bits);
+        store_16_bytes_to_global(to, bits);
       } else {
         const float values[4] = {four[0] + bias.values[0], four[1] + bias.values[1],
                                  four[2] + bias.values[2], four[3] + bias.values[3]};
@@ -405,6 +405,7 @@ __global__ void __launch_bounds__(thread_count, min_thread_blocks<tokens>)
     weight_copies.copy(stage + 3, codes_of(after(weight_slot, 3, weight_stages)));
     token_copies.copy(stage + 2, tokens_of(after(token_slot, 2, token_stages)));
     commit_copies();
+    __syncwarp();  // mma wants all lanes, also those with no scale to load
 
     const Shared<T> tokens_now = tokens_of(token_slot);
     encoded.load(codes_of(weight_slot), scales_of(weight_slot), warp, lane, 1);

@@ -17,7 +17,7 @@ namespace qlora::cuda {
 ///   input and codes aligned to 16 bytes, and any output
 bool nf4_matmul_tiles_supports(const NF4Matmul& matmul, const DeviceTraits& device);
 
-/// Queues it on `stream` of the current device. Throws Unsupported for what it does not take.
+/// Plans it and queues it on `stream` of the current device. Throws Unsupported for what it does not take.
 void launch_nf4_matmul_tiles(const NF4Matmul& matmul, const DeviceTraits& device,
                              cudaStream_t stream);
 

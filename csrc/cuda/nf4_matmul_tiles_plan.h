@@ -59,6 +59,15 @@ constexpr Plan make_plan(std::int64_t m, std::int64_t columns, std::int64_t redu
   return plan;
 }
 
+/// Whether there is a plan, without choosing one: a kernel fits the device, and the most thread blocks
+/// that a plan can have fit a grid.
+constexpr bool has_plan(std::int64_t m, std::int64_t columns, const DeviceTraits& device) {
+  const int tokens = configurations[0].tokens;  // the fewest: least memory, most thread blocks
+  return shared_bytes(tokens) <= device.max_shared_bytes &&
+         make_plan(m, columns, 0, tokens, 1).thread_blocks() <=
+             std::numeric_limits<int>::max() / max_splits;
+}
+
 /// The clocks that a plan is thought to take.
 constexpr double estimate_clocks(const Plan& plan, int clocks_per_stage, std::int64_t m,
                                  std::int64_t columns, const DeviceTraits& device) {

@@ -170,7 +170,7 @@ template <typename T, int lanes>
 __global__ void __launch_bounds__(threads_per_thread_block)
     nf4_quantize_short_blocks_kernel(const NF4QuantizeArguments<T> a) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
-  const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
+  const int warp = warp_index(static_cast<int>(threadIdx.x));
   constexpr int steps = quantize_steps_per_tile;
   const WarpEncoder encode(lane);
 
@@ -230,7 +230,7 @@ template <typename T>
 __global__ void __launch_bounds__(threads_per_thread_block)
     nf4_quantize_long_blocks_kernel(const NF4QuantizeArguments<T> a) {
   const int lane = static_cast<int>(threadIdx.x % lanes_per_warp);
-  const int warp = static_cast<int>(threadIdx.x / lanes_per_warp);
+  const int warp = warp_index(static_cast<int>(threadIdx.x));
   const WarpEncoder encode(lane);
 
   const std::int64_t block_size = elements_per_chunk<T> << a.chunks_per_block_log2;

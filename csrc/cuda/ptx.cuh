@@ -16,6 +16,13 @@ namespace qlora::cuda {
 inline constexpr int lanes_per_warp = 32;
 inline constexpr unsigned all_lanes = 0xffffffffu;
 
+/// The warp of a thread. The compiler cannot know that thread / 32 is one number for all lanes of a
+/// warp; of what lane 0 broadcasts it does know, and does not guard branches on it with the code that
+/// brings a divergent warp together again. The whole warp calls this.
+__device__ inline int warp_index(int thread) {
+  return __shfl_sync(all_lanes, thread / lanes_per_warp, 0);
+}
+
 /// What one lane moves by one access at full width.
 struct alignas(16) Bytes16 {
   std::uint32_t words[4];
@@ -47,6 +54,9 @@ __device__ inline Bytes16 load_16_bytes_once(const void* address) {
   const uint4 v = __ldcs(static_cast<const uint4*>(address));
   return {{v.x, v.y, v.z, v.w}};
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 16);
+#endif
   Bytes16 value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -81,12 +91,26 @@ __device__ inline void store_16_bytes(void* address, const Bytes16& value) {
 #endif
 }
 
+/// store_16_bytes by an instruction for global memory alone, for where the compiler does not find the
+/// address space by itself and makes a generic store. (Elsewhere it folds addresses better.)
+__device__ inline void store_16_bytes_to_global(void* address, const Bytes16& value) {
+#if defined(__CUDA_ARCH__)
+  __stwb(static_cast<uint4*>(address),
+         make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]));
+#else
+  store_16_bytes(address, value);
+#endif
+}
+
 /// `address` is aligned to 8 bytes.
 __device__ inline Bytes8 load_8_bytes(const void* address) {
 #if defined(__CUDA_ARCH__)
   const uint2 v = *static_cast<const uint2*>(address);
   return {{v.x, v.y}};
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 8);
+#endif
   Bytes8 value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -98,6 +122,9 @@ __device__ inline void store_8_bytes(void* address, const Bytes8& value) {
 #if defined(__CUDA_ARCH__)
   *static_cast<uint2*>(address) = make_uint2(value.words[0], value.words[1]);
 #else
+#if defined(QLORA_CUDA_EMULATION)
+  emulator::check_aligned(address, 8);
+#endif
   std::memcpy(address, &value, sizeof value);
 #endif
 }

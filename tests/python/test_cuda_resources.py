@@ -203,11 +203,6 @@ def test_a_kernel_that_is_not_as_wanted_has_a_problem(kernel, problem):
     assert problem in found
 
 
-def test_an_unknown_address_space_can_be_allowed():
-    allowed = replace(WANTED, may_be_generic=True)
-    assert allowed.problems(with_opcode("ST.E.128")) == []
-
-
 def test_sums_in_16_bits_are_not_what_tensor_cores_should_do():
     wanted = replace(WANTED, has=(TENSOR_CORES,))
     assert len(wanted.problems(with_opcode("HMMA.16816.F16"))) == 1

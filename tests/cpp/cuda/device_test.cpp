@@ -10,7 +10,7 @@ namespace qlora {
 namespace {
 
 using reference::Matrix;
-using reference::sum_error;
+using reference::tensor_core_sum_error;
 
 class CudaOperations : public testing::Test {
  protected:
@@ -126,7 +126,7 @@ TEST_P(CudaLinearOperations, ForwardIsXTimesWTransposedPlusBias) {
         exact = exact + ones * row;
         size = size + ones * magnitude(row);
       }
-      EXPECT_TRUE(is_rounded_from(y, exact.values, (sum_error(k + 1) * size).values));
+      EXPECT_TRUE(is_rounded_from(y, exact.values, (tensor_core_sum_error(k + 1) * size).values));
     }
   }
 }
@@ -143,7 +143,8 @@ TEST_P(CudaLinearOperations, GradInputIsDyTimesW) {
     }
     const Matrix w = weight.decode(format_of(dtype));
     const Matrix size = magnitude(dy.matrix()) * magnitude(w);
-    EXPECT_TRUE(is_rounded_from(dx, (dy.matrix() * w).values, (sum_error(n) * size).values));
+    EXPECT_TRUE(
+        is_rounded_from(dx, (dy.matrix() * w).values, (tensor_core_sum_error(n) * size).values));
   }
 }
 

@@ -56,8 +56,16 @@ TEST(NF4MatmulTilesPlan, TakesTheSmallTileWhereTheLargeOneDoesNotFit) {
   DeviceTraits small = h200;
   small.max_shared_bytes = shared_bytes(64);
   EXPECT_EQ(choose_plan(1024, 14336, 4096, small).tokens, 64);
+  EXPECT_TRUE(has_plan(1024, 14336, small));
   small.max_shared_bytes = shared_bytes(64) - 1;
   EXPECT_EQ(choose_plan(1024, 14336, 4096, small).tokens, 0);
+  EXPECT_FALSE(has_plan(1024, 14336, small));
+}
+
+TEST(NF4MatmulTilesPlan, FitsAGrid) {
+  constexpr std::int64_t most_tiles = std::numeric_limits<int>::max() / max_splits;
+  EXPECT_TRUE(has_plan(64 * most_tiles, columns_per_tile, h200));
+  EXPECT_FALSE(has_plan(64 * most_tiles + 1, columns_per_tile, h200));
 }
 
 }  // namespace

@@ -11,6 +11,8 @@ double sum_error(std::int64_t n) {
   return nu / (1.0 - nu);
 }
 
+double tensor_core_sum_error(std::int64_t n) { return sum_error(2 * n); }
+
 double round_to(const FloatFormat& format, double x) {
   if (x == 0.0 || !std::isfinite(x)) return x;
   const int exponent = std::max(std::ilogb(x), format.min_exponent);

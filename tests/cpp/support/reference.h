@@ -3,7 +3,9 @@
 //
 // Tolerances are bounds, not guesses. With u = 2^-24 an fp32 sum of n products is off by at most
 // sum_error(n) times the sum of their magnitudes, in whatever order it is taken (Higham 2002,
-// section 3.1).
+// section 3.1). That is proven of sums whose every addition is rounded to nearest: on the CPU, on the
+// emulated device, in kernels without tensor cores. Tensor cores are another matter: see
+// tensor_core_sum_error.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +17,12 @@ inline constexpr double fp32_unit = 0x1p-24;  // u: half the distance from 1 to 
 
 /// n u / (1 - n u).
 double sum_error(std::int64_t n);
+
+/// sum_error with 2 u in place of u, for sums that a GPU's tensor cores may have taken. They align the
+/// addends of a step to the largest and cut them off, which is off by up to a whole last place where
+/// rounding is off by half of one. How they do it is not documented (Fasi et al. 2021 measured it), so
+/// this is a tolerance with a reason, not a proven bound.
+double tensor_core_sum_error(std::int64_t n);
 
 /// A binary floating-point format.
 struct FloatFormat {
