@@ -288,11 +288,11 @@ def test_a_stage_that_fails_does_not_stop_the_others_and_the_status_is_1(check, 
 @pytest.mark.slow
 def test_a_stage_that_does_not_end_is_ended(check):
     start = time.monotonic()
-    status = check.run(FAKE_SANITIZER_HANGS="memcheck", QLORA_GPU_CHECK_SECONDS="54")
+    status = check.run(FAKE_SANITIZER_HANGS="memcheck", QLORA_GPU_CHECK_SECONDS="36")
     assert status == 1
     assert re.fullmatch(r"it did not end within \d+ s", check.reason("memcheck"))
     assert list(check.verdicts()) == STAGES
-    assert time.monotonic() - start < 54
+    assert time.monotonic() - start < 46  # and the ten seconds that it may take to end
 
 
 @pytest.mark.slow
