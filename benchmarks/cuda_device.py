@@ -118,7 +118,8 @@ def _driver() -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.splitlines()[0].strip()  # a line for each GPU: they share a driver
+    # A line for each GPU: they share a driver.
+    return next(iter(done.stdout.splitlines()), "unknown").strip()
 
 
 def limits_of(header: dict) -> CudaLimits | None:

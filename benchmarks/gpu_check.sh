@@ -24,7 +24,9 @@
 # GPU, or a tool is missing). The card's settings are left as they are.
 set -euo pipefail
 self=$(readlink -f "${BASH_SOURCE[0]}")
+caller=$PWD # what a relative OUT is relative to
 cd "$(dirname "$self")/.."
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
 # Stages: name, the seconds that are kept for it, what it does. A stage may also use what those before
 # it left over.
@@ -32,23 +34,23 @@ planned_seconds=540
 total_seconds=${QLORA_GPU_CHECK_SECONDS:-$planned_seconds}
 reserved_seconds=$((15 * total_seconds / planned_seconds)) # for ending what does not end by itself, and for the summary
 stages=(
-  "machine|15|says what there is: driver, GPU, toolkit, Python, torch"
+  "machine|40|says what there is: driver, GPU, toolkit, Python, torch"
   "extension|110|pip install, without a network, for the card's architecture alone"
   "small-cases|15|every operation on small odd shapes, against the CPU"
   "pytest|150|pytest -m 'cuda and not slow'"
-  "bench|105|benchmarks/bench_cuda.py"
+  "bench|65|benchmarks/bench_cuda.py"
   "cpp-tests|35|CMake builds qlora_cuda_tests beside the extension, if there is a GoogleTest"
   "googletest|10|its tests: the device, and the codec against golden files"
   "memcheck|30|compute-sanitizer on the small cases: accesses outside of memory"
   "racecheck|30|the same: races in shared memory"
-  "initcheck|15|the same: reads of memory that nobody wrote"
+  "initcheck|30|the same: reads of memory that nobody wrote"
   "resources|10|registers, memory and instructions of every kernel, by cuobjdump"
 )
 
 python=${PYTHON:-python3}
-peers=${QLORA_PEERS:-$PWD/.peers}
-gtest_root=${QLORA_GTEST_ROOT:-$PWD/.peers/gtest}
-build=${QLORA_GPU_CHECK_BUILD:-$PWD/build/gpu_check}
+peers=$(readlink -m "${QLORA_PEERS:-.peers}")
+gtest_root=$(readlink -m "${QLORA_GTEST_ROOT:-.peers/gtest}")
+build=$(readlink -m "${QLORA_GPU_CHECK_BUILD:-build/gpu_check}")
 site=$build/site
 cpp_tests=$build/extension/tests/cpp/cuda/qlora_cuda_tests
 skipped_status=77
@@ -56,6 +58,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INDEX=1 HF_HUB_OFFLINE=1 PYTHONUNB
 export PYTHONPATH="$site:$peers${PYTHONPATH:+:$PYTHONPATH}"
 export QLORA_REQUIRE_GPU=1 # a test that finds no GPU here fails instead of being skipped
 small_cases=tests/python/cuda_small_cases.py
+
+# A script that runs in the background ignores interrupts, and so would its stages. (coreutils 8.31.)
+interruptible=(env --default-signal=INT)
+"${interruptible[@]}" true 2>/dev/null || interruptible=(env)
 
 skip() {
   printf '%s\n' "$*" >"$build/reason"
@@ -76,7 +82,7 @@ stage_machine() {
     command -v "$tool" >/dev/null || missing+=("$tool")
   done
   if [ ${#missing[@]} -eq 0 ]; then
-    for module in pip torch pytest pybind11 scikit_build_core; do
+    for module in pip pytest pybind11 scikit_build_core; do
       "$python" -c "import $module" >/dev/null 2>&1 || missing+=("Python's $module")
     done
   fi
@@ -157,12 +163,13 @@ stage_pytest() {
 
 sanitize() {
   require_extension
-  local tool log=$build/$1.log
-  tool=$(command -v compute-sanitizer) || tool=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
-  [ -x "$tool" ] || skip "there is no compute-sanitizer"
+  local log=$OUT/$1.log options=()
+  command -v compute-sanitizer >/dev/null || skip "there is no compute-sanitizer"
+  # Else any call that returns an error counts, also where torch asks what a driver can do.
+  if [ "$1" = memcheck ]; then options=(--report-api-errors no); fi
   # A tensor is then an allocation of its own, with bounds that memcheck sees.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  if "$tool" --tool "$1" --target-processes all --error-exitcode 9 \
+  if compute-sanitizer --tool "$1" "${options[@]}" --target-processes all --error-exitcode 9 \
     "$python" "$small_cases" >"$log" 2>&1; then
     tail -n 5 "$log"
   elif grep -q "Device not supported" "$log"; then
@@ -231,7 +238,7 @@ run_stage() {
     verdict=failed reason="no time was left"
   else
     STAGE_SECONDS=$limit OUT=$out timeout --signal=INT --kill-after=10 "$limit" \
-      env --default-signal=INT bash "$self" --stage "$name" || status=$?
+      "${interruptible[@]}" bash "$self" --stage "$name" || status=$?
     if [ -f "$build/reason" ]; then reason=$(<"$build/reason"); fi
     case $status in
       0) verdict=passed ;;
@@ -296,7 +303,7 @@ if [ $# -gt 1 ] || [[ ${1:-} == -* ]]; then
   echo "usage: gpu_check.sh [--dry-run] [OUT]" >&2
   exit 2
 fi
-out=$(readlink -m "${1:-benchmarks/results}")
+out=$(cd "$caller" && readlink -m "${1:-${self%/*}/results}")
 if [ "$is_dry_run" = 1 ]; then
   printf 'at most %d s, %d s of them reserved; results go to %s\n' \
     "$total_seconds" "$reserved_seconds" "$out"

@@ -44,8 +44,8 @@ const DeviceTraits& device_traits(int device, const char* operation);
 
 /// Makes the operation's device the current one while it lives. Throws as device_traits.
 ///
-/// Where the caller's device has no context the operation's stays current, as with torch's guards:
-/// to go back would make a context there, some 500 MB on a device that the process does not use.
+/// Where the caller's device has no context the operation's stays current: to go back would make a
+/// context there, some 500 MB on a device that the process does not use.
 class DeviceGuard {
  public:
   DeviceGuard(Device device, const char* operation);

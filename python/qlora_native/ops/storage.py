@@ -90,8 +90,11 @@ def run_core(operation: Callable[..., _Result], *arguments: Any, **named: Any) -
     """
     try:
         return operation(*arguments, **named)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
         if torch.cuda.is_current_stream_capturing():  # no time to free memory
             raise
-    torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:  # nor while another thread captures
+            raise error from None
     return operation(*arguments, **named)

@@ -22,6 +22,8 @@ TEST(CudaArchitectures, MachineCodeServesItsMajorVersionAndALetterOneGpu) {
   EXPECT_FALSE(has_code_for("86-real", 90));
   EXPECT_TRUE(has_code_for("90a-real", 90));
   EXPECT_FALSE(has_code_for("100a-real", 103));
+  EXPECT_TRUE(has_code_for("100f-real", 103));
+  EXPECT_FALSE(has_code_for("100f", 120));
 }
 
 TEST(CudaArchitectures, PtxServesEveryLaterGpu) {

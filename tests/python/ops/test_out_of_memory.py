@@ -76,6 +76,17 @@ def test_nothing_is_freed_while_a_graph_is_captured(torch_cuda):
     assert (operation.calls, torch_cuda.emptied) == (1, 0)
 
 
+def test_a_cache_that_cannot_be_freed_leaves_the_error_as_it_was(torch_cuda, monkeypatch):
+    def refuse() -> None:
+        raise RuntimeError("captures are under way")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    operation = Failing(lambda: None, 1)
+    with pytest.raises(torch.OutOfMemoryError, match="failure 1"):
+        run_core(operation)
+    assert operation.calls == 1
+
+
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, MemoryError])
 def test_other_errors_are_not_tried_again(torch_cuda, error):
     def operation():
