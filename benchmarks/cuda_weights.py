@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qlora_native as q
 from cuda_device import copies_past_l2
-from cuda_peers import bitsandbytes as bnb
+from linear4bit import make_linear4bit
 from qlora_native.ops.storage import NF4Tensors
 
 
@@ -69,18 +69,7 @@ class CudaWeights:
         return torch.empty(self.n, self.k, dtype=torch.bfloat16, device=self.device)
 
     def _linear4bit(self) -> nn.Module:
-        layer = bnb.nn.Linear4bit(
-            self.k,
-            self.n,
-            bias=False,
-            compute_dtype=torch.bfloat16,
-            compress_statistics=True,
-            quant_type="nf4",
-        )
-        layer.weight = bnb.nn.Params4bit(
-            self.on_cpu.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-        return layer.to(self.device)
+        return make_linear4bit(self.on_cpu.clone()).to(self.device)
 
     def _copies(self, make, bytes_per_weight: float) -> list:
         return copies_past_l2(make, int(bytes_per_weight * self.n * self.k), self.device)

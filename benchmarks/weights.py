@@ -3,12 +3,12 @@
 import copy
 from functools import cached_property
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
 import qlora_native as q
 from harness import copies_past_l3
+from linear4bit import make_linear4bit
 
 
 class Weights:
@@ -69,18 +69,7 @@ class Weights:
 
     def linear4bit(self) -> nn.Module:
         """One of bitsandbytes' layers."""
-        layer = bnb.nn.Linear4bit(
-            self.k,
-            self.n,
-            bias=False,
-            compute_dtype=torch.bfloat16,
-            compress_statistics=True,
-            quant_type="nf4",
-        )
-        layer.weight = bnb.nn.Params4bit(
-            self.dense.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-        return layer.to("cpu")
+        return make_linear4bit(self.dense.bfloat16()).to("cpu")
 
     def linear(self, dtype: torch.dtype) -> nn.Linear:
         """A frozen dense layer."""

@@ -72,6 +72,46 @@ class LevelPairs {
 inline constexpr int chunk_log2 = 5;
 static_assert(1 << chunk_log2 == nf4_min_block_size);
 
+/// The units of work of a warp: first, first + stride, … below `whole`, and one that is not whole
+/// behind the last, if it is the warp's turn and there is one.
+struct Units {
+  int first, stride, whole;
+  bool has_rest;
+};
+
+/// Multiplies all units of a warp into `sums`. The codes of `stages` units are on their way while one
+/// is multiplied, the first of them while the thread block fills its table of levels.
+template <int stages, typename Warp, typename Sums>
+__device__ __forceinline__ void sum_units(const Warp& warp, const Units& units, int thread,
+                                          Sums& sums) {
+  typename Warp::Codes on_their_way[stages];
+#pragma unroll
+  for (int stage = 0; stage < stages; ++stage) {
+    const int unit = units.first + stage * units.stride;
+    if (unit < units.whole) warp.template load<true>(on_their_way[stage], unit);
+  }
+  LevelPairs::fill(thread);
+  __syncthreads();
+
+  int unit = units.first;
+#pragma unroll 1
+  while (unit < units.whole) {
+#pragma unroll
+    for (int stage = 0; stage < stages; ++stage) {
+      if (unit < units.whole) {
+        warp.template multiply<true>(on_their_way[stage], unit, sums);
+        const int next = unit + stages * units.stride;
+        if (next < units.whole) warp.template load<true>(on_their_way[stage], next);
+        unit += units.stride;
+      }
+    }
+  }
+  if (unit == units.whole && units.has_rest) {
+    warp.template load<false>(on_their_way[0], unit);
+    warp.template multiply<false>(on_their_way[0], unit, sums);
+  }
+}
+
 /// Adds up the sums of all warps of the thread block, in a fixed order, into those of warp 0.
 template <int count, int tiles>
 __device__ void add_over_warps(float (&sums)[count][tiles][4], int thread) {

@@ -167,37 +167,13 @@ __global__ void __launch_bounds__(few_tokens_threads,
   const int first_row = static_cast<int>(blockIdx.x) / a.split * forward_rows(token_tiles);
   const Warp warp(a, first_row);
 
-  const int unit_count = a.k / forward_columns_per_unit;  // those that are whole
-  const int unit_stride = few_tokens_warps * a.split;
-  const int first_unit = part * few_tokens_warps + warp_index(thread);
-  typename Warp::Codes on_their_way[stages];
-#pragma unroll
-  for (int stage = 0; stage < stages; ++stage) {
-    const int unit = first_unit + stage * unit_stride;
-    if (unit < unit_count) warp.template load<true>(on_their_way[stage], unit);
-  }
-  LevelPairs::fill(thread);
-  __syncthreads();
-
   float sums[fragments][token_tiles][4] = {};
-  int unit = first_unit;
-#pragma unroll 1
-  while (unit < unit_count) {
-#pragma unroll
-    for (int stage = 0; stage < stages; ++stage) {
-      if (unit < unit_count) {
-        warp.template multiply<true>(on_their_way[stage], unit, sums);
-        const int next = unit + stages * unit_stride;
-        if (next < unit_count) warp.template load<true>(on_their_way[stage], next);
-        unit += unit_stride;
-      }
-    }
-  }
-  if (unit == unit_count && a.k % forward_columns_per_unit != 0) {
-    warp.template load<false>(on_their_way[0], unit);
-    warp.template multiply<false>(on_their_way[0], unit, sums);
-  }
-
+  sum_units<stages>(warp,
+                    {.first = part * few_tokens_warps + warp_index(thread),
+                     .stride = few_tokens_warps * a.split,
+                     .whole = a.k / forward_columns_per_unit,
+                     .has_rest = a.k % forward_columns_per_unit != 0},
+                    thread, sums);
   add_over_warps(sums, thread);
   if (thread >= lanes_per_warp) return;
 #pragma unroll
