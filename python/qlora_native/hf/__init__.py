@@ -9,4 +9,13 @@ except ImportError as error:
         "qlora_native.hf needs safetensors: pip install 'qlora_native[train]'", name=error.name
     ) from error
 
+try:
+    import peft  # noqa: F401
+except ImportError:
+    pass
+else:
+    from qlora_native.hf.peft import install
+
+    install()
+
 __all__ = ["load_lora", "save_lora"]
