@@ -131,6 +131,23 @@ class NF4Linear(nn.Module):
         """The dense weight `[out_features, in_features]` in `dtype`, into `out` where given."""
         return nf4_dequantize(self.nf4_weight, dtype, out)
 
+    def to_dense(self, dtype: torch.dtype, weight: Tensor | None = None) -> nn.Module:
+        """The dense layer that this one stands for, frozen: weight and bias rounded to `dtype`.
+
+        Args:
+            dtype: of the result, float32, bfloat16 or float16.
+            weight: `[out_features, in_features]`, to be used instead of this layer's: a merged one.
+
+        A subclass that stands for another layer than an `nn.Linear` gives one of that kind.
+        """
+        if weight is None:
+            weight = self.dequantize(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = _frozen(weight.to(dtype))
+        if self.bias is not None:
+            linear.bias = _frozen(self.bias.detach().to(dtype, copy=True))
+        return linear.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """x[..., in_features] -> y[..., out_features], in x's dtype or, if on, autocast's."""
         dtype = self.compute_dtype_for(x)
