@@ -99,7 +99,7 @@ def _checks_first(original: Function) -> Function:
         if not has_nf4(model):
             return original(self, model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        _check_modules_to_save(model, config)
+        check_modules_to_save(model, config)
         with unchanged_on_error(model):
             try:
                 return original(self, model, adapter_name, *args, **kwargs)
@@ -111,14 +111,15 @@ def _checks_first(original: Function) -> Function:
     return inject_adapter
 
 
-def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
-    for name in config.modules_to_save or ():
+def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
+    """Raise NotImplementedError if `config` would train a copy of a 4-bit layer."""
+    for name in getattr(config, "modules_to_save", None) or ():
         for path, module in model.named_modules():
             if f".{path}".endswith(f".{name}") and has_nf4(module):
                 raise NotImplementedError(
-                    f"modules_to_save names {path!r}, which is, or has in it, an NF4Linear: a 4-bit "
-                    "weight cannot be trained. Leave it dense when quantising, or target it with "
-                    "LoRA"
+                    f"modules_to_save names {path!r}, which is, or has in it, an NF4Linear: a "
+                    "4-bit weight cannot be trained. Leave it dense when quantising, or target it "
+                    "with LoRA"
                 )
 
 
@@ -135,18 +136,18 @@ def _all_or_nothing(original: Function) -> Function:
 
 def _merges_dense(original: Function) -> Function:
     def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
-        layers = [m for m in self.model.modules() if isinstance(m, NF4LoraLinear)]
-        if not layers:
+        if not has_nf4(self.model):
             return original(self, *args, **kwargs)
-        for layer in layers:
-            layer.merge_dtype = _dense_dtype(self.model)
+        for layer in self.model.modules():
+            if isinstance(layer, NF4LoraLinear):
+                layer.merge_dtype = dense_dtype(self.model)
         with unchanged_on_error(self):
             return original(self, *args, **kwargs)
 
     return merge
 
 
-def _dense_dtype(model: nn.Module) -> torch.dtype:
+def dense_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's weights that are neither 4-bit nor an adapter's."""
     adapters = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)

@@ -43,10 +43,13 @@ def wrap(
     original = checked(owner, name, parameters)
     if vars(owner).get(name) is not None and hasattr(_plain(vars(owner)[name]), _MARK):
         return
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
     is_classmethod = inspect.ismethod(original)
     plain = _plain(original)
-    wrapper = functools.wraps(plain)(make(plain))
+    wrapper: Any = functools.wraps(plain)(make(plain))
     setattr(wrapper, _MARK, True)
+    if is_static:
+        wrapper = staticmethod(wrapper)
     setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)
 
 
