@@ -1,16 +1,16 @@
 """NF4LoraLinear: PEFT's LoRA layer on an NF4 base, computed by one autograd node."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear, LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from qlora_native.hf.peft.dora_variant import NF4Dora
 from qlora_native.hf.peft.lora_settings import check_settings
 from qlora_native.nn import NF4Linear
 from qlora_native.nn.held_merge import HeldMerge, held_forward
@@ -58,6 +58,7 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
             )
             config.fan_in_fan_out = False
         self.routing = Routing()
+        self.merged_adapters: list[str] = []
         self.merge_dtype = torch.float32  # of a merged weight; PEFT's merge calls have no such word
         self._weight_norms: Tensor | None = None
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
@@ -89,7 +90,7 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """DoRA, or None for plain LoRA; `check_settings` has refused the others."""
-        return _NF4Dora() if config.use_dora else None
+        return NF4Dora() if config.use_dora else None
 
     @torch.no_grad()
     def orthogonal_init(self, adapter_name: str) -> None:
@@ -156,17 +157,18 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
         if self.merged:
             if not by_peft:
                 raise ValueError(
-                    f"NF4LoraLinear: set_lora has put {names!r} in force and {self.merged_adapters} "
-                    "are merged; call unmerge_adapter first"
+                    f"NF4LoraLinear: set_lora has put {names!r} in force, but the adapters "
+                    f"{self.merged_adapters} are merged; call unmerge_adapter first"
                 )
-            return self._add_lora_bias(
-                held_forward(base, x, self.held_weight), self.merged_adapters
-            )
-        if adapter_names is not None or isinstance(names, tuple):
-            return self._forward_of_batch(x, names if adapter_names is None else adapter_names)
-        if not by_peft:
-            return self._forward_of_all(x, () if names is None else (names,))
-        return self._forward_of_all(x, self.active_adapters)
+            y = held_forward(base, x, self.held_weight)
+            return self._add_lora_bias(y, self.merged_adapters)
+        if adapter_names is not None:
+            return self._forward_of_batch(x, adapter_names)
+        if by_peft:
+            return self._forward_of_all(x, self.active_adapters)
+        if isinstance(names, tuple):
+            return self._forward_of_batch(x, names)
+        return self._forward_of_all(x, () if names is None else (names,))
 
     def _forward_of_all(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """All rows with the sum of all adapters of these names."""
@@ -269,7 +271,7 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
         for name in [names] if isinstance(names, str) else names:
             if name not in self.lora_A:
                 continue
-            update = self._weight_update(name)
+            update = self.weight_update(name)
             weight += update
             if name in self.lora_variant:
                 norms = torch.linalg.vector_norm(base + update, dim=1)
@@ -277,7 +279,8 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
                 weight *= (magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None]
         return weight
 
-    def _weight_update(self, name: str) -> Tensor:
+    def weight_update(self, name: str) -> Tensor:
+        """Scaling · B · A of an adapter, fp32 `[out_features, in_features]`."""
         lora_a, lora_b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()
         return lora_b @ lora_a * self.scaling[name]
 
@@ -333,32 +336,3 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
                 )
             dense.bias += bias.to(dense.bias.dtype)
         return dense
-
-
-class _NF4Dora(LoraVariant):
-    """DoRA on an NF4 base: what PEFT asks when it adds such an adapter. The layer computes it."""
-
-    @staticmethod
-    @torch.no_grad()
-    def init(module: NF4LoraLinear, adapter_name: str, **kwargs: Any) -> None:
-        """Let the magnitude be ‖W + scaling · B · A‖ of every row."""
-        holder = DoraLinearLayer(fan_in_fan_out=False)
-        lora_b = module.lora_B[adapter_name].weight
-        if lora_b.is_meta:  # low_cpu_mem_usage: it will be loaded
-            norms = torch.empty(module.out_features, device="meta")
-        else:
-            weight = module.base_layer.dequantize(torch.float32)
-            weight += module._weight_update(adapter_name)
-            norms = torch.linalg.vector_norm(weight, dim=1)
-        holder.weight = nn.Parameter(norms)
-        module.lora_magnitude_vector[adapter_name] = holder
-
-    @staticmethod
-    def forward(
-        module: NF4LoraLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-    ) -> Tensor:
-        """Refuse PEFT's own forward, which would take the codes for a weight."""
-        raise NotImplementedError(
-            f"NF4LoraLinear computes DoRA itself; PEFT's forward of {active_adapter!r}, which would "
-            "take codes for weights, was called"
-        )

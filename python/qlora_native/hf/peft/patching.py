@@ -42,8 +42,8 @@ def wrap(
     if make in _makers_of(original):
         return
     is_classmethod = inspect.ismethod(original)
-    plain = original.__func__ if is_classmethod else original
-    wrapper = functools.wraps(plain)(make(plain))
+    plain = getattr(original, "__func__", original)
+    wrapper: Any = functools.wraps(plain)(make(plain))
     wrapper._made_by = make
     setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)
 
