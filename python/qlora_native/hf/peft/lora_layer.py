@@ -102,13 +102,10 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
         if r % 2 != 0:
             raise ValueError(f"init_lora_weights='orthogonal' takes an even r, got {r}")
         rotation, _ = torch.linalg.qr(torch.randn(r, r))
-        for factor, half, features in (
-            (self.lora_A, rotation[0::2], self.in_features),
-            (self.lora_B, rotation[1::2], self.out_features),
-        ):
-            matrix = torch.randn(features, r // 2) @ half / 10.0
-            weight = factor[adapter_name].weight
-            weight.copy_(matrix.t() if factor is self.lora_A else matrix)
+        lora_a = torch.randn(self.in_features, r // 2) @ rotation[0::2] / 10.0
+        lora_b = torch.randn(r // 2, self.out_features).t() @ rotation[1::2] / 10.0
+        self.lora_A[adapter_name].weight.copy_(lora_a.t())
+        self.lora_B[adapter_name].weight.copy_(lora_b)
 
     # ---- which adapters act
 

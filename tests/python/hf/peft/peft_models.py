@@ -94,7 +94,8 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 def assert_near(ours: Tensor, theirs: Tensor, relative: float = RELATIVE) -> None:
     """Equal to the order of fp32 sums, of the largest magnitude that there is."""
     limit = relative * theirs.abs().max().item()
-    assert limit > 0 and ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert limit > 0
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     assert (ours - theirs).abs().max().item() <= limit
 
 
