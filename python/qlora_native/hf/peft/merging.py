@@ -1,79 +1,64 @@
-"""Merging PEFT's tuners into an NF4 base: a dense layer takes the sum, the 4-bit one comes back."""
+"""PEFT's merges on a model with NF4 layers: in the model's dtype, whole or not at all."""
 
-from functools import cache
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 
-from qlora_native.hf.peft.nf4_as_linear import NF4AsLinear, dense_copy
-
-
-class MergesIntoDense:
-    """What a tuner layer on an NF4 layer does otherwise than on a dense one: merge and unmerge.
-
-    Merging puts an nn.Linear with the dequantised weight in the place of the NF4 layer, and PEFT's
-    own formula changes that. Unmerging brings the NF4 layer back, bit for bit.
-    """
-
-    merged_adapters: list[str]
-    _is_merging = False
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's merge, into a dense layer; where the first one raises, nothing has changed."""
-        owner = _owner_of_base(self)
-        base = owner.base_layer
-        is_first = isinstance(base, NF4AsLinear)
-        if is_first:
-            owner.base_layer = dense_copy(base)
-            # In a list, so that it is no child: the parameters are those of the dense layer.
-            owner.__dict__["_nf4_base"] = [base]
-        self._is_merging = True
-        try:
-            super().merge(*args, **kwargs)  # type: ignore[misc]
-        except BaseException:
-            if is_first:
-                self.merged_adapters = []
-            raise
-        finally:
-            self._is_merging = False
-            self._restore_base()
-
-    def unmerge(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's unmerge, and then the NF4 layer as it was."""
-        super().unmerge(*args, **kwargs)  # type: ignore[misc]
-        self._restore_base()
-
-    def _restore_base(self) -> None:
-        """Bring back the NF4 layer if nothing is merged into the dense one."""
-        owner = _owner_of_base(self)
-        if self.merged_adapters or "_nf4_base" not in owner.__dict__:
-            return
-        (base,) = owner.__dict__["_nf4_base"]
-        base.to(owner.base_layer.weight.device)
-        if self._is_merging:  # GLoRA unmerges first when it merges a second adapter
-            owner.base_layer = dense_copy(base)
-        else:
-            owner.base_layer = base
-            del owner.__dict__["_nf4_base"]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle by PEFT's class: this one is made at run time."""
-        return _empty_layer, (type(self).__mro__[2],), self.__dict__
+from qlora_native.hf.dense import forget_quantization
+from qlora_native.hf.peft.injection import has_nf4
+from qlora_native.hf.peft.lora_layer import NF4LoraLinear
+from qlora_native.hf.peft.patching import Function, wrap
+from qlora_native.hf.peft.rollback import unchanged_on_error
+from qlora_native.nn.dense import dense_dtype, dequantize_layers
 
 
-@cache
-def on_nf4(layer_class: Any) -> Any:
-    """`layer_class` with `MergesIntoDense`."""
-    return type(f"NF4{layer_class.__name__}", (MergesIntoDense, layer_class), {})
+def install() -> None:
+    """Wrap `merge_adapter`, `merge_and_unload` and `unload`."""
+    wrap(BaseTuner, "merge_adapter", ("adapter_names", "safe_merge"), _merges_whole)
+    wrap(BaseTuner, "merge_and_unload", ("safe_merge", "adapter_names"), _leaves_dense)
+    wrap(BaseTuner, "unload", (), _unloads_merged)
 
 
-def _empty_layer(layer_class: Any) -> Any:
-    made = on_nf4(layer_class)
-    return made.__new__(made)
+def _merges_whole(original: Function) -> Function:
+    def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        with unchanged_on_error(self):
+            _set_merge_dtype(self.model)
+            original(self, *args, **kwargs)
+
+    return merge_adapter
 
 
-def _owner_of_base(layer: Any) -> Any:
-    """The innermost tuner layer: one may lie on another."""
-    while isinstance(layer.base_layer, BaseTunerLayer):
-        layer = layer.base_layer
-    return layer
+def _leaves_dense(original: Function) -> Function:
+    def merge_and_unload(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        if not has_nf4(self.model):
+            return original(self, *args, **kwargs)
+        dtype = _set_merge_dtype(self.model)
+        with unchanged_on_error(self):
+            model = original(self, *args, **kwargs)
+        dequantize_layers(model, dtype)
+        return forget_quantization(model)
+
+    return merge_and_unload
+
+
+def _unloads_merged(original: Function) -> Function:
+    def unload(self: Any) -> nn.Module:
+        layers = [layer for layer in self.model.modules() if isinstance(layer, NF4LoraLinear)]
+        is_merged = any(layer.merged for layer in layers)
+        model = original(self)
+        if is_merged:  # then the layers that were are dense, as PEFT's would keep what is merged
+            dequantize_layers(model, layers[0].merge_dtype)
+            forget_quantization(model)
+        return model
+
+    return unload
+
+
+def _set_merge_dtype(model: nn.Module) -> Any:
+    """Let NF4 layers merge to the dtype of the rest of `model`, which is returned."""
+    dtype = dense_dtype(model)
+    for layer in model.modules():
+        if isinstance(layer, NF4LoraLinear) and not layer.merged:
+            layer.merge_dtype = dtype
+    return dtype

@@ -135,17 +135,6 @@ def hide(layer: NF4AsLinear) -> None:
     layer.__class__ = NF4Linear
 
 
-def dense_copy(layer: NF4AsLinear) -> nn.Linear:
-    """A frozen nn.Linear with the dequantised weight."""
-    linear = nn.Linear(
-        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
-    )
-    linear.weight = nn.Parameter(layer.weight.dense(), requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
-    return linear.train(layer.training)
-
-
 def _read_only(what: str, view: DequantizedWeight) -> ReadOnlyWeightError:
     return ReadOnlyWeightError(
         f"the weight of an NF4 layer {list(view.shape)} would be {what}; it is stored in 4 bits "

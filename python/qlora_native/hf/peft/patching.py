@@ -8,8 +8,6 @@ from typing import Any
 
 import peft
 
-_MARK = "_wrapped_by_qlora_native"
-
 Function = Callable[..., Any]
 
 
@@ -37,20 +35,20 @@ def wrap(
 ) -> None:
     """Put `make(original)` in the place of `owner.name`, a module's function or a class's method.
 
-    A class gets an attribute of its own where it has inherited the method. Doing it again changes
-    nothing. Raises ImportError where the original has not these parameters.
+    Doing it again with the same `make` changes nothing. Raises ImportError where the original has
+    not these parameters.
     """
     original = checked(owner, name, parameters)
-    if vars(owner).get(name) is not None and hasattr(_plain(vars(owner)[name]), _MARK):
+    if make in _makers_of(original):
         return
-    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-    is_classmethod = inspect.ismethod(original)
-    plain = _plain(original)
+    plain = getattr(original, "__func__", original)
     wrapper: Any = functools.wraps(plain)(make(plain))
-    setattr(wrapper, _MARK, True)
-    if is_static:
+    wrapper._made_by = make
+    if inspect.ismethod(original):
+        wrapper = classmethod(wrapper)
+    elif isinstance(inspect.getattr_static(owner, name), staticmethod):
         wrapper = staticmethod(wrapper)
-    setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)
+    setattr(owner, name, wrapper)
 
 
 def wrap_everywhere(
@@ -66,9 +64,13 @@ def wrap_everywhere(
             setattr(module, name, wrapper)
 
 
-def _plain(function: Any) -> Any:
-    """The function of a classmethod or of a bound method."""
-    return getattr(function, "__func__", function)
+def _makers_of(function: Any) -> list[Any]:
+    """What has wrapped `function` already, from the outermost in."""
+    makers = []
+    while function is not None:
+        makers.append(vars(function).get("_made_by"))
+        function = getattr(function, "__wrapped__", None)
+    return makers
 
 
 def _name_of(owner: Any) -> str:

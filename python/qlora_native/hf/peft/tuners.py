@@ -2,8 +2,8 @@
 
 A tuner that PEFT injects looks for nn.Linear layers and reads their weights. While it does so, the
 model's NF4 layers show it that face (`nf4_as_linear`); those that it has wrapped keep it, and the
-wrapping layers merge into dense copies (`merging`). LoRA does not come this way: it has a fused
-layer of its own.
+wrapping layers merge into dense copies (`tuner_merging`). LoRA does not come this way: it has a
+fused layer of its own.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,16 @@ from peft import PeftConfig
 from peft.tuners.adaption_prompt import AdaptionPromptModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.xlora import XLoraModel
 from torch import nn
 
-from qlora_native.hf.peft.dispatch import check_modules_to_save, dense_dtype, has_nf4
+from qlora_native.hf.peft.injection import has_nf4
 from qlora_native.hf.peft.lora_layer import NF4LoraLinear
-from qlora_native.hf.peft.merging import MergesIntoDense, on_nf4
 from qlora_native.hf.peft.nf4_as_linear import NF4AsLinear, ReadOnlyWeightError, hide, show
 from qlora_native.hf.peft.patching import Function, wrap
-from qlora_native.hf.peft.rollback import unchanged_on_error
+from qlora_native.hf.peft.tuner_merging import MergesIntoDense, on_nf4
 from qlora_native.nn import NF4Linear
+from qlora_native.nn.dense import dense_dtype
 
 # Tested against the same tuner on the dequantised weights (tests/python/hf/peft/test_all_tuners).
 ON_NF4 = frozenset(
@@ -76,6 +77,7 @@ def install() -> None:
     wrap(BaseTuner, "inject_adapter", ("model", "adapter_name"), _injects)
     for tuner in (BaseTuner, MixedModel):
         wrap(tuner, "_unload_and_optionally_merge", ("merge", "safe_merge"), _unloads)
+    wrap(XLoraModel, "_check_merge_allowed", (), _refuses_to_merge)
     wrap(BaseTunerLayer, "_get_base_layer_device_and_dtype", ("base_layer",), _knows_dtype)
     wrap(AdaptionPromptModel, "_create_adapted_attentions", ("config", "parents"), _asks_dtype)
     if hasattr(peft, "GloraModel"):
@@ -114,14 +116,23 @@ def _injects(original: Function) -> Function:
 
 def _unloads(original: Function) -> Function:
     def _unload_and_optionally_merge(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not has_nf4(self.model):
-            return original(self, *args, **kwargs)
-        with unchanged_on_error(self):
-            model = original(self, *args, **kwargs)
+        model = original(self, *args, **kwargs)
         _settle(self.model)
         return model
 
     return _unload_and_optionally_merge
+
+
+def _refuses_to_merge(original: Function) -> Function:
+    def _check_merge_allowed(self: Any) -> None:
+        if has_nf4(self.lora_model):
+            raise NotImplementedError(
+                "PEFT's XLORA weighs its adapters anew for each token: there is no one weight to "
+                "merge into an NF4Linear"
+            )
+        original(self)
+
+    return _check_merge_allowed
 
 
 def _knows_dtype(original: Function) -> Function:
@@ -160,19 +171,13 @@ def _takes_face(original: Function) -> Function:
 
 @contextmanager
 def _let_in(model: nn.Module, config: PeftConfig) -> Iterator[None]:
-    """A tuner goes about `model`; if it raises, the model is as it was."""
-    if not has_nf4(model):
-        yield
-        return
+    """A tuner goes about `model`; what it may not do there raises."""
     name = _name(config)
-    check_modules_to_save(model, config)
     try:
-        with unchanged_on_error(model), _shown(model) if name in ON_NF4 else nullcontext():
+        with _shown(model) if name in ON_NF4 and has_nf4(model) else nullcontext():
             yield
     except ReadOnlyWeightError as error:
         raise TypeError(f"PEFT's {name} cannot start from an NF4Linear: {error}") from error
-    finally:
-        _settle(model)
 
 
 def _checking(create: Function, name: str) -> Function:
@@ -210,7 +215,8 @@ def _checking(create: Function, name: str) -> Function:
 @contextmanager
 def _shown(model: nn.Module) -> Iterator[None]:
     """NF4 layers show the face of an nn.Linear, and those that are wrapped by then keep it."""
-    dtype = dense_dtype(model)
+    shown = [module for module in model.modules() if isinstance(module, NF4AsLinear)]
+    dtype = shown[0].dense_dtype if shown else dense_dtype(model)
     under_lora = {m.base_layer for m in model.modules() if isinstance(m, NF4LoraLinear)}
     for module in model.modules():
         if type(module) is NF4Linear and module not in under_lora:

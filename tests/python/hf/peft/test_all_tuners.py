@@ -3,18 +3,12 @@
 Right is what the same tuner of PEFT does on the dense twin, whose weights are the dequantised ones.
 """
 
-import peft
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-
-import qlora_native.hf  # noqa: F401
-from qlora_native import NF4Linear
-from qlora_native.hf.peft import tuners
-from support import same_bits, state_bits
 from tuner_cases import (
     ALL_TYPES,
     CASES,
@@ -22,11 +16,15 @@ from tuner_cases import (
     adapted,
     dense_twin,
     logits,
-    make_config,
     nf4_model,
     provide_kmeans,
     trained_step,
 )
+
+import qlora_native.hf  # noqa: F401
+from qlora_native import NF4Linear
+from qlora_native.hf.peft import tuners
+from support import same_bits, state_bits
 
 every_tuner = pytest.mark.parametrize("name", ALL_TYPES)
 
@@ -104,6 +102,12 @@ def test_saves_and_loads(name, folder, tmp_path):
     model = adapted(nf4_model(), name, folder)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(nf4_model(), tmp_path)
+    if not CASES[name].loads:  # whatever the base is, and we want to know when PEFT mends it
+        twin = adapted(dense_twin(), name, folder)
+        reloaded = PeftModel.from_pretrained(dense_twin(), tmp_path)
+        assert not same_bits(logits(reloaded, name), logits(twin, name))
+        assert_close(logits(loaded, name), logits(reloaded, name))
+        return
     saved, state = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
     assert saved.keys() == state.keys()
     assert all(same_bits(saved[key], state[key]) for key in saved)
@@ -135,7 +139,8 @@ def test_merges_and_unmerges_as_on_the_dense_twin(name, folder):
     model, twin = adapted(nf4_model(), name, folder), adapted(dense_twin(), name, folder)
     before, bits = logits(model, name), state_bits(model)
     refusal = merge_or_why_not(model)
-    assert refusal is merge_or_why_not(twin)
+    # On a dense model PEFT merges X-LoRA's adapters unweighted, which is another model.
+    assert refusal is (NotImplementedError if name == "XLORA" else merge_or_why_not(twin))
     assert (refusal is None) == CASES[name].merges
     if refusal is None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}

@@ -1,4 +1,4 @@
-"""What the tests of PEFT's tuners need: a case for each of them, and a model with its dense twin."""
+"""What the tests of PEFT's tuners need: a case for each, and a model with its dense twin."""
 
 from __future__ import annotations
 
