@@ -11,7 +11,9 @@ from qlora_native.nf4_weight import NF4Weight
 from qlora_native.nn import NF4Linear
 from qlora_native.nn.nf4_linear import parameter_of
 
-_LAZY = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+# Assignments, which reach no operation.
+_REPLACES = (Tensor.data.__set__, Tensor.grad.__set__)
+_TRAINS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
 
 
 class ReadOnlyWeightError(NotImplementedError):
@@ -23,19 +25,23 @@ class DequantizedWeight(Tensor):
 
     It has no memory of its own: shape, dtype and device are known, and an operation that needs the
     numbers dequantises them for itself. What it would write raises `ReadOnlyWeightError`; in a
-    plain temporary tensor the change would be lost without a word.
+    plain temporary tensor the change would be lost without a word. Its views are of this type too,
+    and hold the numbers.
     """
 
-    nf4_weight: NF4Weight
+    source: NF4Weight | Tensor
 
     @staticmethod
-    def __new__(cls, nf4_weight: NF4Weight, dtype: torch.dtype) -> "DequantizedWeight":
-        """A view of `nf4_weight` in `dtype`."""
-        view = Tensor._make_wrapper_subclass(
-            cls, nf4_weight.shape, dtype=dtype, device=nf4_weight.device
+    def __new__(cls, source: NF4Weight | Tensor, dtype: torch.dtype) -> "DequantizedWeight":
+        """The weight `source` in `dtype`, or a part of one that has been dequantised."""
+        layout = {}
+        if isinstance(source, Tensor):
+            layout = {"strides": source.stride(), "storage_offset": source.storage_offset()}
+        weight = Tensor._make_wrapper_subclass(
+            cls, source.shape, dtype=dtype, device=source.device, **layout
         )
-        view.nf4_weight = nf4_weight
-        return view
+        weight.source = source
+        return weight
 
     @classmethod
     def __torch_function__(
@@ -46,11 +52,9 @@ class DequantizedWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Refuse to have its data replaced or to be trained; the rest is `__torch_dispatch__`'s."""
-        if func in (Tensor.data.__set__, Tensor.grad.__set__):
+        if func in _REPLACES:
             raise _read_only("replaced", args[0])
-        if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__) and (
-            len(args) < 2 or args[1]
-        ):
+        if func in _TRAINS and (len(args) < 2 or args[1]):
             raise _read_only("trained", args[0])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -65,19 +69,24 @@ class DequantizedWeight(Tensor):
     ) -> Any:
         """Compute with the dense weight."""
         kwargs = kwargs or {}
-        if func in _LAZY:
-            return cls(args[0].nf4_weight, args[0].dtype)
-        if func._schema.is_mutable:
-            for position, argument in enumerate(func._schema.arguments):
-                given = args[position] if position < len(args) else kwargs.get(argument.name)
-                if isinstance(given, cls) and argument.alias_info and argument.alias_info.is_write:
-                    raise _read_only(f"changed by {func}", given)
+        if func is torch.ops.aten.detach.default:  # `.data` is one, and may be asked for its shape
+            return cls(args[0].source, args[0].dtype)
+        for position, argument in enumerate(func._schema.arguments):
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            if isinstance(given, cls) and argument.alias_info and argument.alias_info.is_write:
+                raise _read_only(f"changed by {func}", given)
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        returned = func._schema.returns
+        if any(each.alias_info and not each.alias_info.is_write for each in returned):
+            return tree_map_only(Tensor, lambda view: cls(view, view.dtype), result)
+        return result
 
     def dense(self) -> Tensor:
         """The numbers, as a plain tensor."""
-        return self.nf4_weight.dequantize(self.dtype)
+        if isinstance(self.source, Tensor):
+            return self.source
+        return self.source.dequantize(self.dtype)
 
     def __repr__(self) -> str:
         return f"DequantizedWeight({list(self.shape)}, {self.dtype}, device='{self.device}')"
@@ -107,9 +116,8 @@ class NF4AsLinear(NF4Linear, nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         """Let PEFT assign a layer its own weight, as it does when it takes its layers out."""
         if name == "weight":
-            if isinstance(value, DequantizedWeight) and value.nf4_weight.codes is parameter_of(
-                self, "weight"
-            ):
+            source = getattr(value, "source", None)
+            if isinstance(source, NF4Weight) and source.codes is parameter_of(self, "weight"):
                 return
             self._check_codes(name, value)
         super().__setattr__(name, value)

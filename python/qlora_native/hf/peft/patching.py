@@ -54,13 +54,12 @@ def wrap(
 def wrap_everywhere(
     owner: Any, name: str, parameters: Sequence[str], make: Callable[[Function], Function]
 ) -> None:
-    """`wrap` a module's function, and put it too where PEFT's modules have imported it by name."""
+    """`wrap` a module's function, and put it too where it has been imported by name already."""
     original = checked(owner, name, parameters)
     wrap(owner, name, parameters, make)
     wrapper = getattr(owner, name)
-    for module_name, module in list(sys.modules.items()):
-        is_pefts = module_name == "peft" or module_name.startswith("peft.")
-        if is_pefts and vars(module).get(name) is original:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is original:
             setattr(module, name, wrapper)
 
 

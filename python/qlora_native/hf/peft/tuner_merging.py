@@ -25,8 +25,8 @@ class MergesIntoDense:
         is_first = isinstance(base, NF4AsLinear)
         if is_first:
             owner.base_layer = base.to_dense(base.dense_dtype)
-            # In a list, so that it is no child: the parameters are those of the dense layer.
-            owner.__dict__["_nf4_base"] = [base]
+            # In a tuple, so that they are no children: the parameters are the dense layer's.
+            owner.__dict__["_nf4_base"] = (base, [])
         self._is_merging = True
         try:
             super().merge(*args, **kwargs)  # type: ignore[misc]
@@ -36,20 +36,29 @@ class MergesIntoDense:
             raise
         finally:
             self._is_merging = False
-            self._restore_base()
+            self._keep_or_restore_base()
 
     def unmerge(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's unmerge, and then the NF4 layer as it was."""
         super().unmerge(*args, **kwargs)  # type: ignore[misc]
-        self._restore_base()
+        self._keep_or_restore_base()
 
-    def _restore_base(self) -> None:
-        """Bring back the NF4 layer if nothing is merged into the dense one."""
+    def _keep_or_restore_base(self) -> None:
+        """Bring back the NF4 layer if no layer is merged into the dense one any more."""
         owner = _owner_of_base(self)
-        if self.merged_adapters or "_nf4_base" not in owner.__dict__:
+        if "_nf4_base" not in owner.__dict__:
             return
-        (base,) = owner.__dict__["_nf4_base"]
-        base.to(owner.base_layer.weight.device)
+        base, merged = owner.__dict__["_nf4_base"]
+        if self.merged_adapters and self not in merged:
+            merged.append(self)
+        elif not self.merged_adapters and self in merged:
+            merged.remove(self)
+        if merged:
+            return
+        dense = owner.base_layer.weight  # which went where the model went meanwhile
+        base.to(dense.device)
+        if dense.dtype != base.dense_dtype:
+            base.to(dense.dtype)
         if self._is_merging:  # GLoRA unmerges first when it merges a second adapter
             owner.base_layer = base.to_dense(base.dense_dtype)
         else:

@@ -19,6 +19,7 @@ from tuner_cases import (
     nf4_model,
     provide_kmeans,
     trained_step,
+    tuner_class,
 )
 
 import qlora_native.hf  # noqa: F401
@@ -158,10 +159,8 @@ def test_merges_and_unmerges_as_on_the_dense_twin(name, folder):
     assert same_bits(logits(model, name), before)
 
 
-@every_tuner
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.merges])
 def test_merged_and_unloaded_it_is_dense(name, folder):
-    if not CASES[name].merges:
-        pytest.skip("it does not merge, as the test of merging shows")
     model, twin = adapted(nf4_model(), name, folder), adapted(dense_twin(), name, folder)
     before = logits(model, name)
     targeted = [n for n, m in model.get_base_model().named_modules() if hasattr(m, "base_layer")]
@@ -176,11 +175,9 @@ def test_merged_and_unloaded_it_is_dense(name, folder):
     assert_close(logits(dense), before, 2 * TOLERANCE)
 
 
-@every_tuner
+@pytest.mark.parametrize("name", [n for n in ALL_TYPES if hasattr(tuner_class(n), "unload")])
 def test_unloaded_it_is_the_base(name, folder):
     model = adapted(nf4_model(), name, folder)
-    if not hasattr(model.base_model, "unload"):
-        pytest.skip("PEFT has no unload for it")
     base = nf4_model()
     unloaded = model.unload()
     assert [type(m) for m in unloaded.modules()] == [type(m) for m in base.modules()]

@@ -15,7 +15,7 @@ import numpy
 import peft
 import torch
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -178,6 +178,10 @@ def make_config(name: str, folder: Path) -> PeftConfig:
 
 def config_class(name: str) -> Callable[..., PeftConfig]:
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+
+
+def tuner_class(name: str) -> type | None:
+    return PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(name)]
 
 
 def saved_lora(folder: Path, seed: int) -> str:
