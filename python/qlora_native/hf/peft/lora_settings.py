@@ -35,11 +35,6 @@ def check_settings(
             f"{operation}: {name} is {getattr(config, name)!r}, a variant of LoRA that is not "
             "there for an NF4 base; plain LoRA, use_rslora and use_dora are"
         )
-    if config.use_dora and config.lora_bias:
-        raise NotImplementedError(
-            f"{operation}: use_dora and lora_bias are both set, want one: DoRA's norm is that of a "
-            "weight without a bias"
-        )
     if config.use_dora and config.runtime_config.ephemeral_gpu_offload:
         raise NotImplementedError(
             f"{operation}: use_dora with ephemeral_gpu_offload is not there for an NF4 base, whose "
