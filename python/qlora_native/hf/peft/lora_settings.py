@@ -6,7 +6,7 @@ from typing import Any
 from peft import LoraConfig
 
 from qlora_native.nn import NF4Linear
-from qlora_native.nn.lora_linear import check_lora_arguments
+from qlora_native.nn.lora_adapter import check_lora_arguments
 
 # Of the ways to start A and B, those that need no dense base weight and leave the base as it is.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
