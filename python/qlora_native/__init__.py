@@ -5,12 +5,14 @@ from qlora_native.build import build_info
 from qlora_native.nf4_weight import NF4Weight, nf4_dequantize, nf4_quantize
 from qlora_native.nn import (
     LoRALinear,
+    MergeReport,
     NF4Linear,
     add_lora,
     count_parameters,
     merge_lora,
     print_trainable_parameters,
     quantize_model,
+    unmerge_lora,
 )
 from qlora_native.optim import PagedAdamW, PagedAdamW8bit
 
@@ -18,6 +20,7 @@ __version__: str = _core.build_info()["version"]
 
 __all__ = [
     "LoRALinear",
+    "MergeReport",
     "NF4Linear",
     "NF4Weight",
     "PagedAdamW",
@@ -31,4 +34,5 @@ __all__ = [
     "nf4_quantize",
     "print_trainable_parameters",
     "quantize_model",
+    "unmerge_lora",
 ]

@@ -1,10 +1,11 @@
 """Layers on a 4-bit base, and the functions that put them into a model."""
 
 from qlora_native.nn.lora_linear import LoRALinear
+from qlora_native.nn.merge import merge_lora, unmerge_lora
+from qlora_native.nn.merge_report import MergeReport
 from qlora_native.nn.model import (
     add_lora,
     count_parameters,
-    merge_lora,
     print_trainable_parameters,
     quantize_model,
 )
@@ -12,10 +13,12 @@ from qlora_native.nn.nf4_linear import NF4Linear
 
 __all__ = [
     "LoRALinear",
+    "MergeReport",
     "NF4Linear",
     "add_lora",
     "count_parameters",
     "merge_lora",
     "print_trainable_parameters",
     "quantize_model",
+    "unmerge_lora",
 ]

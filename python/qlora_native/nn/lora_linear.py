@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native import ops
+from qlora_native.nn.held_merge import HeldMerge, held_forward
 from qlora_native.nn.nf4_linear import NF4Linear, autocast_dtype, parameter_of
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(HeldMerge):
     """y = base(x) + scaling · (dropout(x) · Aᵀ) · Bᵀ, as one autograd node.
 
     LoRA is by Hu et al. 2021, section 4.1.
@@ -76,6 +77,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x[..., in_features] -> y[..., out_features], in the dtype that the base would give."""
+        if self.holds_merged:
+            return held_forward(self.base, x, self.held_weight)
         p = self.lora_dropout if self.training else 0.0
         # torch's generator draws the seed, so that its state, checkpointing's replay and CUDA
         # graphs all govern the mask.
@@ -96,6 +99,14 @@ class LoRALinear(nn.Module):
         elif base.weight.dtype != x.dtype:
             raise ValueError(f"LoRALinear: x is {x.dtype}, base.weight is {base.weight.dtype}")
         return ops.lora_linear(x, base.weight, bias, lora_a, lora_b, self.scaling, p, seed)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + scaling · B · A in fp32 `[out_features, in_features]`, W as it is trained beside."""
+        base = self.base
+        weight = base.dequantize() if isinstance(base, NF4Linear) else base.weight.float()
+        a, b = self.lora_a.float(), self.lora_b.float()
+        return torch.addmm(weight, b, a, alpha=self.scaling)
 
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""

@@ -13,6 +13,7 @@ from qlora_native.nn.merge_report import OutputChange
 
 Batch: TypeAlias = Mapping[str, Any] | Tensor
 
+_ROWS = 64  # of logits that are converted to fp64 at a time
 _IGNORED = -100  # the label of a position that has no loss, as everywhere
 
 
@@ -42,7 +43,8 @@ def logits_on(model: nn.Module, batch: Batch) -> Tensor:
 def compare_outputs(model: nn.Module, batch: Batch, before: Tensor, after: Tensor) -> OutputChange:
     """What separates the logits of two models of the same kind on the batch."""
     largest, squares, total = 0.0, 0.0, 0.0
-    for one, other in zip(before.flatten(0, -2), after.flatten(0, -2), strict=True):
+    rows = (logits.flatten(0, -2).split(_ROWS) for logits in (before, after))
+    for one, other in zip(*rows, strict=True):
         difference = (other.double() - one.double()).abs()
         # As comparisons with NaN are false, max() would pass one over.
         largest = max(largest, difference.max().nan_to_num(nan=math.inf).item())
@@ -63,7 +65,8 @@ def perplexity(model: nn.Module, batch: Batch, logits: Tensor) -> float | None:
     Labels are `batch["labels"]`, -100 where there is no loss; without them `batch["input_ids"]`
     where `attention_mask` is not 0, or the batch itself where it is a tensor of integers. The
     logits of a position are for the label of the next one, but in an encoder-decoder model for
-    that of the same. None where there are no labels that fit the logits `[..., tokens, vocabulary]`.
+    that of the same. None where there are no labels `[..., tokens]` that fit the logits
+    `[..., tokens, vocabulary]`.
     """
     labels = _labels(batch)
     if labels is None or labels.shape != logits.shape[:-1]:

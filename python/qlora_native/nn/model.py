@@ -61,7 +61,7 @@ def quantize_model(
     targets = [(name, module) for name, module in targets if type(module) is nn.Linear]
     if not targets:
         raise ValueError("quantize_model: the model has no nn.Linear to quantise (after skip)")
-    _check_not_root("quantize_model", model, [module for _, module in targets])
+    check_not_root("quantize_model", model, [module for _, module in targets])
     _check_untied(model, targets)
     _warn_of_other_weights(model, skip)
 
@@ -119,33 +119,13 @@ def add_lora(
         layers = _match_targets(layers, target_modules)
     if not layers:
         raise ValueError("add_lora: the model has no linear layer to put a LoRA beside")
-    _check_not_root("add_lora", model, layers)
+    check_not_root("add_lora", model, layers)
     for layer, names in layers.items():
         check_lora_arguments(f"add_lora: {names[0]}", layer, r, lora_alpha, lora_dropout)
 
     model.requires_grad_(False)
     for layer, names in layers.items():
         replace_module(model, names, LoRALinear(layer, r, lora_alpha, lora_dropout, use_rslora))
-    return model
-
-
-def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every LoRALinear by a dense `nn.Linear` with W + scaling · B · A, in place.
-
-    W is what was trained against: the dequantised weight where the base is NF4. The sum is done in
-    fp32 and rounded once to `dtype`. None: a dense base's own dtype; for an NF4 base that of its
-    bias or else of the model's first parameter that is neither 4-bit nor a LoRA factor.
-
-    Raises:
-        ValueError: the model has no LoRALinear.
-    """
-    layers = modules_with_names(model, lambda module: isinstance(module, LoRALinear))
-    if not layers:
-        raise ValueError("merge_lora: the model has no LoRALinear")
-    _check_not_root("merge_lora", model, layers)
-    model_dtype = _model_dtype(model)
-    for layer, names in layers.items():
-        replace_module(model, names, _merged(layer, dtype or _base_dtype(layer, model_dtype)))
     return model
 
 
@@ -244,7 +224,8 @@ def _warn_of_other_weights(model: nn.Module, skip: Sequence[str]) -> None:
         )
 
 
-def _check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Raise ValueError if one of the layers to replace is the model, which nothing holds."""
     if any(layer is model for layer in layers):
         raise ValueError(
             f"{operation}: the model is itself the layer to replace; wrap it in an nn.Sequential"
@@ -256,36 +237,6 @@ def replace_module(model: nn.Module, names: Iterable[str], new: nn.Module) -> No
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-
-
-def _model_dtype(model: nn.Module) -> torch.dtype:
-    for name, parameter in model.named_parameters():
-        is_factor = name.rpartition(".")[2] in ("lora_a", "lora_b")
-        if parameter.is_floating_point() and not is_factor:
-            return parameter.dtype
-    return torch.float32
-
-
-def _base_dtype(layer: LoRALinear, model_dtype: torch.dtype) -> torch.dtype:
-    base = layer.base
-    if not isinstance(base, NF4Linear):
-        return base.weight.dtype
-    return model_dtype if base.bias is None else base.bias.dtype
-
-
-@torch.no_grad()
-def _merged(layer: LoRALinear, dtype: torch.dtype) -> nn.Linear:
-    base = layer.base
-    is_nf4 = isinstance(base, NF4Linear)
-    weight = base.dequantize(torch.float32) if is_nf4 else base.weight.float()
-    weight = torch.addmm(weight, layer.lora_b.float(), layer.lora_a.float(), alpha=layer.scaling)
-    merged = nn.Linear(
-        base.in_features, base.out_features, bias=base.bias is not None, device="meta"
-    )
-    merged.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if base.bias is not None:
-        merged.bias = nn.Parameter(base.bias.to(dtype, copy=True), requires_grad=False)
-    return merged.train(layer.training)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -1,5 +1,6 @@
 """NF4Linear: a linear layer whose frozen weight is stored in 4 bits."""
 
+import copy
 from typing import Any
 
 import torch
@@ -147,6 +148,13 @@ class NF4Linear(nn.Module):
         if self.bias is not None:
             linear.bias = _frozen(self.bias.detach().to(dtype, copy=True))
         return linear.train(self.training)
+
+    def requantized(self, weight: Tensor) -> "NF4Linear":
+        """The same layer with another weight `[out_features, in_features]`, quantised alike."""
+        layer = copy.copy(self)
+        layer._parameters = dict(self._parameters)
+        layer._set_weight(nf4_quantize(weight, self.block_size, self.double_quant).tensors)
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """x[..., in_features] -> y[..., out_features], in x's dtype or, if on, autocast's."""

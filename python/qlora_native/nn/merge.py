@@ -1,0 +1,249 @@
+"""merge_lora and unmerge_lora: updates into the weights, and out of them again."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qlora_native.nn.dense import (
+    check_dtype,
+    check_materialised,
+    dense_dtype,
+    is_four_bit,
+    replacement,
+)
+from qlora_native.nn.lora_linear import LoRALinear
+from qlora_native.nn.merge_outputs import Batch, compare_outputs, logits_on
+from qlora_native.nn.merge_report import LayerMerge, MergeReport, measure_layer
+from qlora_native.nn.model import check_not_root, modules_with_names, replace_module
+from qlora_native.nn.nf4_linear import NF4Linear
+
+_Layers: TypeAlias = Mapping[LoRALinear, list[str]]
+_Undo: TypeAlias = list[Callable[[], None]]
+
+
+def merge_lora(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    into: Literal["dense", "nf4"] = "dense",
+    reversible: bool = False,
+    batch: Batch | None = None,
+) -> MergeReport:
+    """Put every update of `model` into the weight that it was trained beside, in place.
+
+    That weight is the dequantised one where the base is 4-bit, so that the merged model computes
+    what was trained. W + ΔW is added up in fp32 and rounded once: to `dtype`, or to NF4.
+
+    Args:
+        model: any module with LoRALinear layers.
+        dtype: of the dense weights and their biases; None: that of most of the model's other
+            weights, but a dense base keeps its own.
+        into: `"dense"` makes the whole model dense, 4-bit layers without an update too, and takes
+            all marks of the quantiser off a transformers model. `"nf4"` quantises the sums again
+            as their bases were (a layer on a dense base becomes dense); that costs a good part of
+            the update, and a warning says how much.
+        reversible: keep base and update, and let each LoRALinear compute with a merged weight that
+            it holds until `unmerge_lora` takes it away, with every bit as before. All else stays
+            as it is. It takes the memory of the dense weights on top.
+        batch: what to compare logits and perplexity on, before and after: a mapping of what the
+            model is called with by name, or the one tensor that it is called with.
+
+    Returns:
+        What it cost, layer by layer; print it. Its `model` is `model`.
+
+    Raises:
+        ValueError: the model has no LoRALinear, is itself one, or is merged already; a factor has a
+            NaN or Inf; a merged weight is out of the range of `dtype`; a layer is offloaded; an
+            argument is wrong. Whatever goes wrong, the model is then as it was; to that end the
+            replaced layers are kept until all is done.
+    """
+    _check_arguments(dtype, into, reversible)
+    layers: _Layers = modules_with_names(model, lambda module: isinstance(module, LoRALinear))
+    _check_layers(model, layers)
+    before = None if batch is None else logits_on(model, batch)
+    notes = () if reversible else tuple(_notes_on_sharing(model, layers))
+    model_dtype = dtype or dense_dtype(model)
+    others: list[str] = []
+    with _undone_on_error() as undo:
+        measured = []
+        for layer, names in layers.items():
+            own_dtype = dtype or _own_dtype(layer, model_dtype)
+            merged = _merged(names[0], layer, own_dtype, into)
+            measured.append(merged.cost)
+            if reversible:
+                undo.append(layer.release_merged)
+                layer.hold_merged(merged.module.weight, own_dtype)
+            else:
+                _replace(model, names, layer, merged.module, undo)
+        if into == "dense" and not reversible:
+            others = _dequantize_others(model, model_dtype, undo)
+        outputs = None
+        if batch is not None and before is not None:
+            outputs = compare_outputs(model, batch, before, logits_on(model, batch))
+    if into == "dense" and not reversible:
+        _forget_quantization(model)
+    report = MergeReport(
+        into="NF4" if into == "nf4" else str(model_dtype).removeprefix("torch."),
+        base="the weights that were trained beside",
+        layers=tuple(measured),
+        outputs=outputs,
+        dequantized=tuple(others),
+        notes=notes,
+        model=model,
+    )
+    if into == "nf4":
+        _warn_of_loss(report)
+    return report
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Take back `merge_lora(model, reversible=True)`: every bit is as it was.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: nothing of the model is merged reversibly.
+    """
+    merged = [m for m in model.modules() if isinstance(m, LoRALinear) and m.holds_merged]
+    if not merged:
+        raise ValueError(
+            "unmerge_lora: the model has no layer merged by merge_lora(model, reversible=True)"
+        )
+    for layer in merged:
+        layer.release_merged()
+    return model
+
+
+# ---- before
+
+
+def _check_arguments(dtype: torch.dtype | None, into: str, reversible: bool) -> None:
+    check_dtype("merge_lora", dtype)
+    if into not in ("dense", "nf4"):
+        raise ValueError(f"merge_lora: into is {into!r}, want 'dense' or 'nf4'")
+    if into == "nf4" and reversible:
+        raise ValueError("merge_lora: a reversible merge holds dense weights; into is 'nf4'")
+
+
+def _check_layers(model: nn.Module, layers: _Layers) -> None:
+    if not layers:
+        raise ValueError("merge_lora: the model has no LoRALinear")
+    check_not_root("merge_lora", model, layers)
+    for layer, (name, *_) in layers.items():
+        check_materialised("merge_lora", name, layer)
+        if layer.holds_merged:
+            raise ValueError(f"merge_lora: {name} is merged already; unmerge_lora takes that back")
+        for factor in ("lora_a", "lora_b"):
+            check_finite("merge_lora", name, factor, getattr(layer, factor))
+
+
+def check_finite(operation: str, name: str, what: str, tensor: Tensor) -> None:
+    """Raise ValueError if `what` of the layer `name` has a NaN or Inf."""
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{operation}: {what} of {name} has a NaN or Inf")
+
+
+def _own_dtype(layer: LoRALinear, model_dtype: torch.dtype) -> torch.dtype:
+    return model_dtype if isinstance(layer.base, NF4Linear) else layer.base.weight.dtype
+
+
+def _notes_on_sharing(model: nn.Module, layers: _Layers) -> Iterator[str]:
+    """A note for each dense base whose weight another module has too: they part by the merge."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for layer, names in layers.items():
+        own = {f"{name}.base.weight" for name in names}
+        others = [name for name in owners[id(layer.base.weight)] if name not in own]
+        if others:
+            yield (
+                f"{names[0]}.weight was also {', '.join(others)}, which keeps its value: the two "
+                "are no longer tied"
+            )
+
+
+# ---- the merge
+
+
+class _Merged(NamedTuple):
+    module: nn.Module
+    cost: LayerMerge
+
+
+@torch.no_grad()
+def _merged(name: str, layer: LoRALinear, dtype: torch.dtype, into: str) -> _Merged:
+    """The layer that `layer` becomes, and what that costs."""
+    base = layer.base
+    exact = layer.merged_weight()
+    is_nf4 = isinstance(base, NF4Linear)
+    check_finite("merge_lora", name, "the merged weight", exact)
+    module = base.requantized(exact) if is_nf4 and into == "nf4" else _dense(base, exact, dtype)
+    stored = module.dequantize() if isinstance(module, NF4Linear) else module.weight
+    check_finite("merge_lora", name, f"the merged weight in {dtype}", stored)
+    weight = base.dequantize() if is_nf4 else base.weight
+    return _Merged(module.train(layer.training), measure_layer(name, weight, exact, stored))
+
+
+def _dense(base: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+    if isinstance(base, NF4Linear):
+        return base.to_dense(dtype, weight)
+    linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach().to(dtype, copy=True), requires_grad=False)
+    return linear
+
+
+def _replace(
+    model: nn.Module, names: list[str], old: nn.Module, new: nn.Module, undo: _Undo
+) -> None:
+    undo.append(partial(replace_module, model, names, old))
+    replace_module(model, names, replacement(old, new))
+
+
+def _dequantize_others(model: nn.Module, dtype: torch.dtype, undo: _Undo) -> list[str]:
+    """Replace the 4-bit layers that are left; their names."""
+    layers = modules_with_names(model, is_four_bit)
+    for layer, names in layers.items():
+        check_materialised("merge_lora", names[0], layer)
+        _replace(model, names, layer, layer.to_dense(dtype), undo)
+    return [names[0] for names in layers.values()]
+
+
+@contextlib.contextmanager
+def _undone_on_error() -> Iterator[_Undo]:
+    """Inside, every change adds what undoes it; if an error comes, all is undone."""
+    undo: _Undo = []
+    try:
+        yield undo
+    except BaseException:
+        while undo:
+            undo.pop()()
+        raise
+
+
+# ---- after
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    if any("hf_quantizer" in vars(module) for module in model.modules()):
+        from qlora_native.hf.dense import forget_quantization
+
+        forget_quantization(model)
+
+
+def _warn_of_loss(report: MergeReport) -> None:
+    worst = report.worst(1)[0]
+    if worst.lost_of_update is not None:
+        warnings.warn(
+            "merge_lora: quantising the merged weights again to NF4 has changed them by up to "
+            f"{worst.lost_of_update:.2g} times the norm of the update ({worst.name}): what was "
+            "trained is lost where that is near 1 or above; into='dense' keeps it",
+            stacklevel=3,
+        )
