@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +73,14 @@ def merge_lora(
         measured = []
         for layer, names in layers.items():
             own_dtype = dtype or _own_dtype(layer, model_dtype)
-            merged = _merged(names[0], layer, own_dtype, into)
-            measured.append(merged.cost)
+            module, weight, cost = _merged(names[0], layer, own_dtype, into)
+            measured.append(cost)
             if reversible:
                 undo.append(layer.release_merged)
-                layer.hold_merged(merged.module.weight, own_dtype)
+                layer.hold_merged(weight, own_dtype)
             else:
-                _replace(model, names, layer, merged.module, undo)
+                _replace(model, names, layer, module, undo)
+            del module, weight
         if into == "dense" and not reversible:
             others = _dequantize_others(model, model_dtype, undo)
         outputs = None
@@ -171,32 +172,34 @@ def _notes_on_sharing(model: nn.Module, layers: _Layers) -> Iterator[str]:
 # ---- the merge
 
 
-class _Merged(NamedTuple):
-    module: nn.Module
-    cost: LayerMerge
-
-
 @torch.no_grad()
-def _merged(name: str, layer: LoRALinear, dtype: torch.dtype, into: str) -> _Merged:
-    """The layer that `layer` becomes, and what that costs."""
+def _merged(
+    name: str, layer: LoRALinear, dtype: torch.dtype, into: str
+) -> tuple[nn.Module, Tensor, LayerMerge]:
+    """The layer that `layer` becomes, its weight `[n, k]`, and what that costs."""
     base = layer.base
     exact = layer.merged_weight()
-    is_nf4 = isinstance(base, NF4Linear)
     check_finite("merge_lora", name, "the merged weight", exact)
-    module = base.requantized(exact) if is_nf4 and into == "nf4" else _dense(base, exact, dtype)
-    stored = module.dequantize() if isinstance(module, NF4Linear) else module.weight
-    check_finite("merge_lora", name, f"the merged weight in {dtype}", stored)
-    weight = base.dequantize() if is_nf4 else base.weight
-    return _Merged(module.train(layer.training), measure_layer(name, weight, exact, stored))
+    module: nn.Module
+    if isinstance(base, NF4Linear) and into == "nf4":
+        module = base.requantized(exact)
+        weight = module.dequantize()
+    else:
+        weight = exact.to(dtype)
+        check_finite("merge_lora", name, f"the merged weight in {dtype}", weight)
+        module = _dense(base, weight)
+    trained = base.dequantize() if isinstance(base, NF4Linear) else base.weight
+    return module.train(layer.training), weight, measure_layer(name, trained, exact, weight)
 
 
-def _dense(base: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+def _dense(base: nn.Module, weight: Tensor) -> nn.Module:
     if isinstance(base, NF4Linear):
-        return base.to_dense(dtype, weight)
+        return base.to_dense(weight.dtype, weight)
     linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if base.bias is not None:
-        linear.bias = nn.Parameter(base.bias.detach().to(dtype, copy=True), requires_grad=False)
+        bias = base.bias.detach().to(weight.dtype, copy=True)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
