@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from qlora_native import _core
 from qlora_native.hf.checkpoint import tensor_names
 from qlora_native.hf.config import QUANT_METHOD, NF4Config
+from qlora_native.hf.dense import forget_quantization
 from qlora_native.hf.layers import (
     check_skip,
     default_skip,
@@ -194,10 +195,7 @@ class NF4HfQuantizer(HfQuantizer):
 
     def remove_quantization_config(self, model: Any) -> None:
         """Leave no trace of the quantiser in the model or its configurations."""
-        super().remove_quantization_config(model)
-        for module in model.modules():
-            if hasattr(getattr(module, "config", None), "_is_quantized"):
-                del module.config._is_quantized
+        forget_quantization(model)
 
 
 class NF4Quantize(ConversionOps):
