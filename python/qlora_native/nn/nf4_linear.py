@@ -15,7 +15,7 @@ from qlora_native.ops.storage import (
 )
 
 # The parameter that each stored tensor of the weight is, in the order of NF4Tensors.
-_WEIGHT_PARAMETERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
+WEIGHT_PARAMETERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
 
 
 class NF4Linear(nn.Module):
@@ -170,7 +170,7 @@ class NF4Linear(nn.Module):
         )
 
     def _set_weight(self, tensors: NF4Tensors) -> None:
-        for name, tensor in zip(_WEIGHT_PARAMETERS, tensors[:4], strict=True):
+        for name, tensor in zip(WEIGHT_PARAMETERS, tensors[:4], strict=True):
             self.register_parameter(name, None if tensor is None else _frozen(tensor))
 
     def _load_from_state_dict(
@@ -184,7 +184,7 @@ class NF4Linear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Refuse a weight that is not bytes: copying would turn floats into codes in silence."""
-        for name in _WEIGHT_PARAMETERS:
+        for name in WEIGHT_PARAMETERS:
             tensor = state_dict.get(prefix + name)
             if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8:
                 error_msgs.append(
