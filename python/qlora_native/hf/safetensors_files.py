@@ -69,7 +69,7 @@ class SafetensorsReader:
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}")
         try:
-            self._handle = safe_open(path, framework="pt", device="cpu")
+            self._handle: Any = safe_open(path, framework="pt", device="cpu")
             self._handle.__enter__()
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error

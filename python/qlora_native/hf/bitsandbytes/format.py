@@ -2,7 +2,7 @@
 
 Under a layer's name, with blocks = ceil(n * k / blocksize):
 
-    weight                    codes [ceil(n * k / 2), 1] in uint8; or the same bytes as another dtype
+    weight                    codes [ceil(n * k / 2), 1] in uint8, or these bytes as another dtype
     weight.absmax             fp32 [blocks]; nested: uint8 [blocks], codes of the dynamic map
     weight.quant_map          fp32 [16], the NF4 levels
     weight.nested_absmax      nested: fp32 [ceil(blocks / 256)]

@@ -78,7 +78,8 @@ def read_quant_state(name: str, tensor: Tensor) -> QuantState:
         if type(offset) not in (int, float) or not math.isfinite(_rounded(offset)):
             raise ValueError(f"{name}: nested_offset is {offset!r}, want a finite float32")
         offset = _rounded(offset)
-    return QuantState(stored["blocksize"], _DTYPES[stored["dtype"]], *shape, offset)
+    n, k = shape
+    return QuantState(stored["blocksize"], _DTYPES[stored["dtype"]], n, k, offset)
 
 
 def _read_object(name: str, tensor: Tensor) -> dict[str, Any]:
