@@ -69,8 +69,8 @@ class SafetensorsReader:
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}")
         try:
-            self._handle: Any = safe_open(path, framework="pt", device="cpu")
-            self._handle.__enter__()
+            opened: Any = safe_open(path, framework="pt", device="cpu")
+            self._handle = opened.__enter__()
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         # The library has checked the header by now; what it does not tell are the offsets.

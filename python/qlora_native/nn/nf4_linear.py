@@ -141,12 +141,7 @@ class NF4Linear(nn.Module):
             ValueError: another shape or dtype, or a NaN or Inf.
         """
         self._check_dense_shape(weight, self.weight_shape)
-        tensors = nf4_quantize(weight, self.block_size, self.double_quant).tensors
-        return {
-            name: tensor
-            for name, tensor in zip(_WEIGHT_PARAMETERS, tensors[:4], strict=True)
-            if tensor is not None
-        }
+        return by_parameter(nf4_quantize(weight, self.block_size, self.double_quant).tensors)
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype, weight: Tensor | None = None) -> nn.Module:
@@ -241,6 +236,12 @@ class NF4Linear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def by_parameter(tensors: NF4Tensors) -> dict[str, Tensor]:
+    """The stored tensors by the names that an NF4Linear gives them."""
+    named = zip(WEIGHT_PARAMETERS, tensors[:4], strict=True)
+    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

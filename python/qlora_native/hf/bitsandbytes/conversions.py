@@ -23,7 +23,7 @@ from qlora_native.hf.bitsandbytes.quant_state import read_quant_state
 from qlora_native.hf.checkpoint_folder import CheckpointFolder
 from qlora_native.hf.config import NF4Config
 from qlora_native.hf.safetensors_files import TensorSpec, spec_of
-from qlora_native.nn.nf4_linear import WEIGHT_PARAMETERS
+from qlora_native.nn.nf4_linear import WEIGHT_PARAMETERS, by_parameter
 from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, empty_nf4_tensors
 
 Form = Literal["nf4", "bitsandbytes"]
@@ -64,12 +64,12 @@ class ToNF4:
         """See Conversion."""
         state = self._states[layer.name]
         tensors = empty_nf4_tensors(state.n, state.k, *self._settings, device="meta")
-        return {name: spec_of(tensor) for name, tensor in _by_parameter(tensors).items()}
+        return {name: spec_of(tensor) for name, tensor in by_parameter(tensors).items()}
 
     def convert(self, layer: Layer) -> dict[str, Tensor]:
         """See Conversion."""
         parts = {part: self._folder.load(f"{layer.name}.{part}") for part in layer.parts}
-        return _by_parameter(read_weight(layer.name, parts).tensors)
+        return by_parameter(read_weight(layer.name, parts).tensors)
 
     def quantization_config(self) -> dict[str, Any]:
         """See Conversion."""
@@ -107,7 +107,13 @@ class ToBitsAndBytes:
         """See Conversion."""
         empty = self._empty[layer.name]
         loaded = [self._folder.load(f"{layer.name}.{part}") for part in layer.parts]
-        tensors = NF4Tensors(*(*loaded, None, None)[:4], empty.n, empty.k, empty.block_size)
+        codes, absmax, nested_absmax, nested_offset = (*loaded, None, None)[:4]
+        tensors = empty._replace(
+            codes=codes,
+            absmax=absmax,
+            nested_absmax=nested_absmax,
+            nested_offset=nested_offset,
+        )
         return write_weight(StoredWeight(tensors, self._dtype, self._storage))
 
     def quantization_config(self) -> dict[str, Any]:
@@ -129,7 +135,7 @@ class ToBitsAndBytes:
         n, k = self._shapes.of_layer(layer.name, stored[WEIGHT_PARAMETERS[0]].shape)
         block_size, double_quant = self._config.block_size, self._config.double_quant
         empty = empty_nf4_tensors(n, k, block_size, double_quant, device="meta")
-        wanted = {name: spec_of(tensor) for name, tensor in _by_parameter(empty).items()}
+        wanted = {name: spec_of(tensor) for name, tensor in by_parameter(empty).items()}
         if stored != wanted:
             raise ValueError(
                 f"{layer.name}: its tensors are {_shown(stored)}, want {_shown(wanted)} for "
@@ -138,12 +144,6 @@ class ToBitsAndBytes:
         if not double_quant:
             return empty
         return empty._replace(nested_offset=self._folder.load(f"{layer.name}.{layer.parts[3]}"))
-
-
-def _by_parameter(tensors: NF4Tensors) -> dict[str, Tensor]:
-    """By the names that an NF4Linear gives them."""
-    named = zip(WEIGHT_PARAMETERS, tensors[:4], strict=True)
-    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def _shown(specs: Mapping[str, TensorSpec]) -> str:
@@ -156,6 +156,6 @@ def _model_dtype(folder: CheckpointFolder) -> torch.dtype:
     dtype = getattr(torch, str(name), None)
     if dtype not in FLOAT_DTYPES:
         raise ValueError(
-            f"{folder.path}: the model's dtype is {name!r}, want one of {FLOAT_DTYPES}"
+            f"{folder.path}: the model's dtype is {name!r}, want float32, bfloat16 or float16"
         )
     return dtype

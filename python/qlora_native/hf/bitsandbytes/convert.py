@@ -78,10 +78,10 @@ def convert_checkpoint(
 
 def _conversion_of(folder: CheckpointFolder, quant_storage: torch.dtype) -> Conversion:
     stored = _holder(folder.config).get("quantization_config")
-    if is_bitsandbytes(stored):
-        return ToNF4(folder, stored)
     if not isinstance(stored, Mapping):
         raise ValueError(f"{folder.path / CONFIG_FILE} has no quantization_config: not in 4 bits")
+    if is_bitsandbytes(stored):
+        return ToNF4(folder, stored)
     if stored.get("quant_method") != QUANT_METHOD:
         raise NotImplementedError(
             f"{folder.path / CONFIG_FILE}: quant_method is {stored.get('quant_method')!r}, want "
@@ -93,8 +93,9 @@ def _conversion_of(folder: CheckpointFolder, quant_storage: torch.dtype) -> Conv
 def _holder(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a model's configuration that has its quantization_config, where one has it."""
     text = config.get("text_config")
-    is_in_text = isinstance(text, dict) and text.get("quantization_config") is not None
-    return text if is_in_text and config.get("quantization_config") is None else config
+    if config.get("quantization_config") is None and isinstance(text, dict):
+        return text if text.get("quantization_config") is not None else config
+    return config
 
 
 def _write_weights(
@@ -105,7 +106,8 @@ def _write_weights(
     layers: dict[str, list[Layer]] = {file: [] for file in folder.files}
     for layer in conversion.layers:
         layers[folder.file_of[f"{layer.name}.weight"]].append(layer)
-    file_of, total_size, done = {}, 0, 0
+    file_of: dict[str, str] = {}
+    total_size, done = 0, 0
     for file, reader in folder.files.items():
         copied = {
             name: stored.spec for name, stored in reader.tensors.items() if name not in converted
