@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_native.nn import LoRALinear
-from qlora_native.nn.lora_linear import check_lora_arguments
+from qlora_native.nn.lora_adapter import check_lora_arguments
 from qlora_native.nn.model import lora_layers, modules_with_names, replace_module
 
 CONFIG_FILE = "adapter_config.json"

@@ -18,7 +18,8 @@ def dense_dtype(model: nn.Module) -> torch.dtype:
     """
     sizes: Counter[torch.dtype] = Counter()
     for name, parameter in model.named_parameters():
-        if parameter.dtype in FLOAT_DTYPES and "lora_" not in name:
+        is_adapters = "lora_" in name or name.endswith(".magnitude")
+        if parameter.dtype in FLOAT_DTYPES and not is_adapters:
             sizes[parameter.dtype] += parameter.numel()
     if sizes:
         return sizes.most_common(1)[0][0]

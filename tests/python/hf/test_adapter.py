@@ -100,7 +100,9 @@ def test_what_peft_saves_loads_here(quantized, tmp_path, use_rslora):
     assert layers["model.layers.0.mlp.up_proj"].lora_alpha == 3
     assert all(layer.lora_dropout == 0.1 for layer in layers.values())
     trained = {name for name, p in quantized.named_parameters() if p.requires_grad}
-    assert trained == {f"{name}.lora_{factor}" for name in layers for factor in "ab"}
+    assert trained == {
+        f"{name}.adapters.default.lora_{factor}" for name in layers for factor in "ab"
+    }
 
 
 def test_round_trip_is_exact_on_a_fresh_and_on_an_equipped_model(quantized, tmp_path):
@@ -167,7 +169,7 @@ def test_save_refuses_a_model_without_lora_and_mixed_dropout(quantized, tmp_path
     with pytest.raises(ValueError, match="has no LoRALinear"):
         save_lora(quantized, tmp_path)
     add_lora(quantized, r=4)
-    quantized.model.layers[0].mlp.up_proj.lora_dropout = 0.5
+    quantized.model.layers[0].mlp.up_proj.adapters["default"].lora_dropout = 0.5
     with pytest.raises(ValueError, match=r"lora_dropout are \[0\.0, 0\.5\], want one value"):
         save_lora(quantized, tmp_path)
 

@@ -16,6 +16,7 @@ from qlora_native import (
     merge_lora,
     nf4_quantize,
     quantize_model,
+    set_lora,
     unmerge_lora,
 )
 from qlora_native.nn import merge as merge_module
@@ -172,13 +173,122 @@ def test_hooks_of_accelerate_move_to_the_merged_layer():
     assert_near(model(x), expected)
 
 
+# ---- several adapters
+
+
+def make_two_adapters(dtype: torch.dtype = torch.float32, **second) -> Model:
+    """`first` beside every layer, `second` of another rank and scaling beside the `up`s alone."""
+    model = make_model(dtype=dtype, adapter_name="first")
+    settings = {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": ["up"], **second}
+    add_lora(model, adapter_name="second", **settings)
+    for block in model.blocks:
+        nn.init.normal_(block.up.adapters["second"].lora_b, std=0.02)
+    return model.eval()
+
+
+def test_the_adapter_in_force_is_merged():
+    for name in ("first", "second"):
+        model = make_two_adapters()
+        set_lora(model, name)
+        expected, exact = model(TOKENS), model.blocks[0].up.merged_weight(name)
+        report = merge_lora(model, batch=TOKENS)
+        assert same_bits(model.blocks[0].up.weight, exact)
+        assert_near(model(TOKENS), expected)
+        assert report.outputs.max_difference == (model(TOKENS) - expected).abs().max().item()
+        if name == "second":  # of which the others have nothing
+            assert [layer.name for layer in report.layers] == NAMES[::2]
+            assert report.dequantized == tuple(NAMES[1::2])
+
+
+@pytest.mark.parametrize("in_force", ["first", None, ["first", "second"]])
+def test_an_adapter_is_merged_by_name_whatever_is_in_force(in_force):
+    model = make_two_adapters()
+    set_lora(model, "second")
+    expected = model(TOKENS)
+    set_lora(model, in_force)
+    outputs = merge_lora(model, names="second", batch=TOKENS).outputs
+    assert_near(model(TOKENS), expected)
+    assert outputs.max_difference == (model(TOKENS) - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_several_adapters_are_added_up_each_with_its_scaling(use_dora):
+    model = make_two_adapters(use_dora=use_dora)
+    up, down = model.blocks[0].up, model.blocks[0].down
+    w, first, second = up.base.dequantize(), up.adapters["first"], up.adapters["second"]
+    assert first.scaling != second.scaling
+    update = second.scaling * second.lora_b.double() @ second.lora_a.double()
+    if use_dora:
+        scaled = w + update
+        update = scaled * (second.magnitude / scaled.norm(dim=1))[:, None] - w
+    exact = w + first.scaling * first.lora_b.double() @ first.lora_a.double() + update
+    only_first = down.merged_weight("first")
+    report = merge_lora(model, names=["first", "second"], batch=TOKENS)
+    assert_near(model.blocks[0].up.weight.double(), exact, 1e-6)
+    assert same_bits(model.blocks[0].down.weight, only_first)
+    assert report.layers[0].update_norm == pytest.approx((exact - w).norm().item(), rel=1e-4)
+    # Before and after are the same sums in another order.
+    assert 0.0 < report.outputs.max_difference < 1e-4 * report.outputs.rms_logits
+
+
+def test_a_merge_of_several_adapters_can_be_taken_back():
+    model = make_two_adapters()
+    set_lora(model, "first")
+    stored, before = state_bits(model), model(TOKENS)
+    merge_lora(model, names="second", reversible=True)
+    assert isinstance(model.blocks[0].down, LoRALinear)
+    merged = model(TOKENS)
+    assert same_bits(unmerge_lora(model)(TOKENS), before)
+    assert state_bits(model) == stored
+    set_lora(model, "second")  # the `down`s are their bases alone then
+    assert_near(model(TOKENS), merged)
+
+
+def test_what_is_in_force_outlives_a_merge_that_is_refused():
+    model = make_two_adapters()
+    set_lora(model, "second")
+    model.blocks[2].up.adapters["first"].lora_b.data[0, 0] = torch.nan
+    before = model(TOKENS)
+    with pytest.raises(ValueError, match=r"blocks\.2\.up: lora_b of 'first' has a NaN"):
+        merge_lora(model, names=["second", "first"], batch=TOKENS)
+    assert same_bits(model(TOKENS), before)
+    merge_lora(model)  # a NaN in an adapter that is not merged does not matter
+    assert_near(model(TOKENS), before)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("third", "merge_lora: there is no adapter 'third'; there are: 'first', 'second'"),
+        (["first", "first"], "want different adapters' names"),
+        ([], "want different adapters' names"),
+        ("__base__", "want different adapters' names"),
+    ],
+)
+def test_names_that_cannot_be_merged(names, message):
+    model = make_two_adapters()
+    with pytest.raises(ValueError, match=message):
+        merge_lora(model, names=names)
+    assert isinstance(model.blocks[0].up, LoRALinear)
+
+
+def test_with_no_one_adapter_in_force_a_name_is_wanted():
+    model = make_two_adapters()
+    set_lora(model, ["first", "second"])
+    with pytest.raises(ValueError, match="a list of names in force, one for each element"):
+        merge_lora(model)
+    set_lora(model, None)
+    with pytest.raises(ValueError, match=r"no adapter in force; .* 'first', 'second'"):
+        merge_lora(model)
+
+
 # ---- back into NF4
 
 
 def test_merging_into_nf4_quantises_the_sum_and_says_what_is_lost():
     model = make_model()
     layer = model.blocks[0].up
-    expected = nf4_quantize(layer.merged_weight(), 64, True)
+    expected = nf4_quantize(layer.merged_weight("default"), 64, True)
     with pytest.warns(UserWarning, match=r"merge_lora: quantising .* again to NF4 .* by up to"):
         report = merge_lora(model, into="nf4", batch=TOKENS)
     merged = model.blocks[0].up
@@ -458,7 +568,7 @@ def test_a_factor_that_is_not_finite_is_named_before_anything_is_changed(factor,
     with torch.no_grad():
         getattr(model.blocks[1].down, factor)[1, 2] = value
     modules = dict(model.named_modules())
-    message = rf"merge_lora: {factor} of blocks\.1\.down has a NaN or Inf"
+    message = rf"merge_lora: blocks\.1\.down: {factor} of 'default' has a NaN or Inf"
     for options in ({}, {"into": "nf4"}, {"reversible": True}):
         with pytest.raises(ValueError, match=message):
             merge_lora(model, **options)
@@ -472,7 +582,7 @@ def test_a_weight_out_of_the_dtypes_range_leaves_the_model_as_it_was(reversible)
     with torch.no_grad():
         model.blocks[1].down.lora_b.fill_(1e6)
     modules, stored, before = dict(model.named_modules()), state_bits(model), model(TOKENS)
-    message = r"the merged weight in torch\.float16 of blocks\.1\.down has a NaN or Inf"
+    message = r"blocks\.1\.down: the merged weight in torch\.float16 has a NaN or Inf"
     with pytest.raises(ValueError, match=message):
         merge_lora(model, torch.float16, reversible=reversible)
     assert dict(model.named_modules()) == modules
