@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from qlora_native.nn.dense import dense_dtype
+
 # What transformers keeps on a quantised model, and on its config.
 _OF_THE_MODEL = ("hf_quantizer", "quantization_method", "is_quantized")
 _OF_THE_CONFIG = ("quantization_config", "_is_quantized")
@@ -32,9 +34,8 @@ def forget_quantization(model: nn.Module) -> nn.Module:
         conversions = module.__dict__.get("_weight_conversions")
         if conversions:
             module._weight_conversions = [c for c in conversions if not _is_quantizers(c)]
-    config = getattr(model, "config", None)
-    if getattr(config, "dtype", None) is not None and hasattr(model, "dtype"):
-        config.dtype = model.dtype
+    if getattr(getattr(model, "config", None), "dtype", None) is not None:
+        model.config.dtype = dense_dtype(model)
     return model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from qlora_native.nn.model import modules_with_names, replace_module
 from qlora_native.ops.storage import FLOAT_DTYPES
 
 
@@ -17,7 +18,8 @@ def dense_dtype(model: nn.Module) -> torch.dtype:
     """
     sizes: Counter[torch.dtype] = Counter()
     for name, parameter in model.named_parameters():
-        if parameter.dtype in FLOAT_DTYPES and "lora_" not in name:
+        is_adapters = "lora_" in name or name.endswith(".magnitude")
+        if parameter.dtype in FLOAT_DTYPES and not is_adapters:
             sizes[parameter.dtype] += parameter.numel()
     if sizes:
         return sizes.most_common(1)[0][0]
@@ -51,16 +53,13 @@ def dequantize_layers(
         raise ValueError(
             "dequantize_layers: the model is itself the layer to replace; call its to_dense"
         )
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_four_bit(module) and not (skip is not None and skip(module)):
-            names.setdefault(module, []).append(name)
+    names = modules_with_names(model, lambda m: is_four_bit(m) and not (skip and skip(m)))
     for layer, places in names.items():
         check_materialised("dequantize_layers", places[0], layer)
     first_names = [places[0] for places in names.values()]
     while names:
         layer, places = names.popitem()  # which lets go of the 4-bit weight
-        put_module(model, places, replacement(layer, layer.to_dense(dtype)))
+        replace_module(model, places, replacement(layer, layer.to_dense(dtype)))
     return first_names
 
 
@@ -93,10 +92,3 @@ def replacement(old: nn.Module, new: nn.Module) -> nn.Module:
 
         add_hook_to_module(new, hook)
     return new
-
-
-def put_module(model: nn.Module, names: list[str], new: nn.Module) -> None:
-    """Put `new` in all the places of `model` that have these names."""
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)

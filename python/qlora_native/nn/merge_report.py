@@ -5,7 +5,6 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _ELEMENTS = 2**22  # of a weight that are converted to fp64 at a time
@@ -131,13 +130,6 @@ def measure_layer(
     return LayerMerge(name, (n, k), norms["weight"], norms["update"], norms["lost"], change)
 
 
-def check_finite(operation: str, name: str, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if one of the tensors of layer `name` has a NaN or Inf."""
-    for tensor_name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{operation}: {tensor_name} of {name} has a NaN or Inf")
-
-
 _SHOWN = 10
 
 
@@ -168,8 +160,8 @@ def _table(report: MergeReport) -> list[str]:
     median = _figure(statistics.median(losses)) if losses else "–"
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     table = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-        for row in rows
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in rows)
     ]
     shown = len(rows) - 1
     which = f"the worst {shown} of {len(report.layers)}" if shown < len(report.layers) else "all"

@@ -6,7 +6,7 @@ from typing import Any
 from peft import LoraConfig
 
 from qlora_native.nn import NF4Linear
-from qlora_native.nn.lora_linear import check_lora_arguments
+from qlora_native.nn.lora_adapter import check_lora_arguments
 
 # Of the ways to start A and B, those that need no dense base weight and leave the base as it is.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -34,11 +34,6 @@ def check_settings(
         raise NotImplementedError(
             f"{operation}: {name} is {getattr(config, name)!r}, a variant of LoRA that is not "
             "there for an NF4 base; plain LoRA, use_rslora and use_dora are"
-        )
-    if config.use_dora and config.lora_bias:
-        raise NotImplementedError(
-            f"{operation}: use_dora and lora_bias are both set, want one: DoRA's norm is that of a "
-            "weight without a bias"
         )
     if config.use_dora and config.runtime_config.ephemeral_gpu_offload:
         raise NotImplementedError(
