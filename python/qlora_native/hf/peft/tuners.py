@@ -24,7 +24,8 @@ from qlora_native.hf.peft.nf4_as_linear import NF4AsLinear, ReadOnlyWeightError,
 from qlora_native.hf.peft.patching import Function, wrap
 from qlora_native.hf.peft.tuner_merging import MergesIntoDense, on_nf4
 from qlora_native.nn import NF4Linear
-from qlora_native.nn.dense import dense_dtype, put_module
+from qlora_native.nn.dense import dense_dtype
+from qlora_native.nn.model import replace_module
 
 # Tested against the same tuner on the dequantised weights (tests/python/hf/peft/test_all_tuners).
 ON_NF4 = frozenset(
@@ -138,7 +139,7 @@ def _unloads_mixed(original: Function) -> Function:
                 unloaded = layer.unload_and_optionally_merge_module(
                     merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
                 )
-                put_module(self.model, [name], unloaded)
+                replace_module(self.model, [name], unloaded)
         model = original(self, merge, progressbar, safe_merge, adapter_names)
         _settle(self.model)
         return model
