@@ -6,6 +6,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers.integrations import PeftAdapterMixin
 
 from qlora_native.hf.peft.patching import Function, wrap
 from qlora_native.hf.peft.rollback import unchanged_on_error
@@ -18,6 +19,8 @@ def install() -> None:
     wrap(BaseTuner, "inject_adapter", ("model", "adapter_name"), _checks_first)
     for name in ("load_adapter", "from_pretrained"):
         wrap(PeftModel, name, ("model_id", "adapter_name"), _all_or_nothing)
+    for name in ("load_adapter", "add_adapter"):  # of transformers' models
+        wrap(PeftAdapterMixin, name, ("adapter_name",), _all_or_nothing)
 
 
 def has_nf4(model: nn.Module) -> bool:
@@ -64,11 +67,13 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def _all_or_nothing(original: Function) -> Function:
-    def load(self_or_class: Any, model_or_id: Any, *args: Any, **kwargs: Any) -> Any:
-        model = self_or_class if isinstance(self_or_class, nn.Module) else model_or_id
+    def load(self_or_class: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self_or_class
+        if not isinstance(model, nn.Module):  # `from_pretrained` is a class's
+            model = args[0] if args else kwargs.get("model")
         if not isinstance(model, nn.Module) or not has_nf4(model):
-            return original(self_or_class, model_or_id, *args, **kwargs)
+            return original(self_or_class, *args, **kwargs)
         with unchanged_on_error(model):
-            return original(self_or_class, model_or_id, *args, **kwargs)
+            return original(self_or_class, *args, **kwargs)
 
     return load

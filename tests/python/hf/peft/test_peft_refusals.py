@@ -204,6 +204,21 @@ def test_an_adapter_for_another_base_lists_the_shapes(tmp_path, whole):
         assert list(model.peft_config) == ["default"]
 
 
+def test_a_models_own_add_adapter_and_load_adapter_leave_it_as_it_was(tmp_path):
+    with_adapter(twins()[0], lora()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    model, _ = twins()
+    before, attributes = anatomy(model), dict(vars(model))
+    with pytest.raises(ValueError, match="r is 40"):
+        model.add_adapter(lora(r=40))
+    with pytest.raises(Exception, match=r"(?i)incomplete|invalid|metadata"):
+        model.load_adapter(str(tmp_path))
+    assert_untouched(model, before)
+    assert vars(model) == attributes
+    model.add_adapter(lora())
+
+
 def test_a_truncated_adapter_leaves_the_model_as_it_was(tmp_path):
     with_adapter(twins()[0], lora()).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
