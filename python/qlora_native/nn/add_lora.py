@@ -44,6 +44,7 @@ def add_lora(
             the name is taken, an argument is out of range, or the model has LoRA layers of PEFT.
             The model is then as it was.
     """
+    check_has_no_peft_layers("add_lora", model)
     check_adapter_name("add_lora", adapter_name, adapter_names(model))
     layers = _targets(model, target_modules)
     for layer, names in layers.items():
@@ -126,6 +127,14 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for adapter in adapters for parameter in adapter.parameters()}
 
 
+def check_has_no_peft_layers(operation: str, model: nn.Module) -> None:
+    """Raise ValueError if `model` has LoRA layers of another kind: one would stand in the other."""
+    if any(not isinstance(layer, LoRALinear) for layer in routed_layers(model)):
+        raise ValueError(
+            f"{operation}: the model has LoRA layers of PEFT; PEFT adds, saves and loads theirs"
+        )
+
+
 def _in_force(model: nn.Module, first: str) -> Names:
     """What a layer that gets its first adapter starts with: what is in force in all others.
 
@@ -140,8 +149,6 @@ def _in_force(model: nn.Module, first: str) -> Names:
 
 def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> Layers:
     """The layers that `target_modules` speaks of, with all their names."""
-    if any(not isinstance(layer, LoRALinear) for layer in routed_layers(model)):
-        raise ValueError("add_lora: the model has LoRA layers of PEFT; PEFT adds adapters to them")
     layers = modules_with_names(model, lambda m: _is_linear(m) or isinstance(m, LoRALinear))
     bases = {layer.base for layer in layers if isinstance(layer, LoRALinear)}
     layers = {layer: names for layer, names in layers.items() if layer not in bases}
