@@ -1,6 +1,7 @@
 """At home in Hugging Face's libraries: transformers' quantiser, and adapters in PEFT's format.
 
-Importing this package registers `NF4Config` with transformers, where that is installed.
+Importing this package registers `NF4Config` with transformers and installs the layers of PEFT,
+where these are installed.
 """
 
 import importlib.util
@@ -21,6 +22,11 @@ if importlib.util.find_spec("transformers.core_model_loading") is not None:
     from qlora_native.hf import quantizer as quantizer
     from qlora_native.hf.config import NF4Config as NF4Config
     from qlora_native.hf.merge_checkpoint import merge_into_checkpoint as merge_into_checkpoint
+
+if importlib.util.find_spec("peft") is not None:
+    from qlora_native.hf.peft import install as _install_peft_layers
+
+    _install_peft_layers()
 
 
 def __getattr__(name: str) -> Any:
