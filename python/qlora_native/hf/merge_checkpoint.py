@@ -27,8 +27,7 @@ from qlora_native.hf.safetensors_files import (
 from qlora_native.hf.stored_adapter import Source, read_adapters
 from qlora_native.nn import LoRAAdapter
 from qlora_native.nn.dense import check_dtype
-from qlora_native.nn.merge import check_finite
-from qlora_native.nn.merge_report import LayerMerge, MergeReport, measure_layer
+from qlora_native.nn.merge_report import LayerMerge, MergeReport, check_finite, measure_layer
 from qlora_native.nn.model import Progress
 
 _WEIGHT_SUFFIXES = (

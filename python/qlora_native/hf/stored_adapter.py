@@ -13,7 +13,7 @@ from qlora_native.hf.adapter import layers_of_file, save_lora
 from qlora_native.hf.adapter_config import AdapterConfig, AdapterSettings
 from qlora_native.hf.adapter_files import read_config, read_tensors
 from qlora_native.nn import LoRAAdapter
-from qlora_native.nn.merge import check_finite
+from qlora_native.nn.merge_report import check_finite
 
 Source: TypeAlias = str | Path | nn.Module
 

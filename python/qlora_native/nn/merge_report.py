@@ -5,6 +5,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _ELEMENTS = 2**19  # of a weight that are converted to fp64 at a time
@@ -129,6 +130,12 @@ def measure_layer(
     norms = {key: math.sqrt(value) for key, value in sums.items()}
     change = None if trained is None else norms["change"]
     return LayerMerge(name, (n, k), norms["weight"], norms["update"], norms["lost"], change)
+
+
+def check_finite(operation: str, place: str, what: str, tensor: Tensor) -> None:
+    """Raise ValueError if `what` of the layer at `place` has a NaN or Inf."""
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{operation}: {place}: {what} has a NaN or Inf")
 
 
 _SHOWN = 10
