@@ -59,7 +59,12 @@ def check_names(operation: str, names: Names, existing: Collection[str]) -> None
     for name in each:
         if not isinstance(name, str):
             raise ValueError(f"{operation}: a name is {name!r}, want a string")
-    if unknown := sorted(set(each) - {BASE} - set(existing)):
+    check_exist(operation, set(each) - {BASE}, existing)
+
+
+def check_exist(operation: str, names: Collection[str], existing: Collection[str]) -> None:
+    """Raise ValueError unless there is an adapter of each name."""
+    if unknown := sorted(set(names) - set(existing)):
         raise ValueError(
             f"{operation}: there is no adapter {', '.join(map(repr, unknown))}; there are: "
             + (", ".join(map(repr, sorted(existing))) or "none")
