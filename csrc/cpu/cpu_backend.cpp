@@ -7,6 +7,7 @@
 
 #include "core/backend.h"
 #include "cpu/instruction_sets.h"
+#include "cpu/lora_groups.h"
 #include "cpu/paged_buffer.h"
 #include "cpu/thread_pool.h"
 #include "cpu/work_split.h"
@@ -126,6 +127,16 @@ class CpuBackend final : public Backend {
   void lora_backward(const LoRABackward& arguments,
                      const ExecutionContext& context) const override {
     kernels().lora_backward(arguments, context.num_threads);
+  }
+
+  void lora_forward_grouped(const LoRAForwardGrouped& arguments,
+                            const ExecutionContext& context) const override {
+    run_lora_forward_grouped(arguments, context.num_threads);
+  }
+
+  void lora_backward_grouped(const LoRABackwardGrouped& arguments,
+                             const ExecutionContext& context) const override {
+    run_lora_backward_grouped(arguments, context.num_threads);
   }
 
   void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
