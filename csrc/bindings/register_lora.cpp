@@ -131,6 +131,32 @@ void register_lora(py::module_& module) {
       py::arg("scalings"), py::arg("ps"), py::arg("gradients"), py::arg("dx").none(true),
       py::arg("num_threads"), py::arg("stream"), NoGil());
   module.def(
+      "dora_scale",
+      [](const TensorView& rows, const TensorView& gain, const TensorView& addend,
+         const TensorView& bias, const TensorView& y, int num_threads, std::uintptr_t stream) {
+        dora_scale({.rows = rows_of(rows),
+                    .gain = gain,
+                    .addend = rows_of(addend),
+                    .bias = bias,
+                    .y = rows_of(y)},
+                   make_context(num_threads, stream));
+      },
+      py::arg("rows"), py::arg("gain"), py::arg("addend").none(true), py::arg("bias").none(true),
+      py::arg("y"), py::arg("num_threads"), py::arg("stream"), NoGil());
+  module.def(
+      "dora_scale_backward",
+      [](const TensorView& dy, const TensorView& rows, const TensorView& gain,
+         const TensorView& scaled, const TensorView& sums, int num_threads, std::uintptr_t stream) {
+        dora_scale_backward({.dy = rows_of(dy),
+                             .rows = rows_of(rows),
+                             .gain = gain,
+                             .scaled = rows_of(scaled),
+                             .sums = sums},
+                            make_context(num_threads, stream));
+      },
+      py::arg("dy"), py::arg("rows").none(true), py::arg("gain"), py::arg("scaled"),
+      py::arg("sums").none(true), py::arg("num_threads"), py::arg("stream"), NoGil());
+  module.def(
       "dropout",
       [](const TensorView& x, double p, const TensorView& seed, const TensorView& out,
          int num_threads,

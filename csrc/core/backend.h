@@ -35,6 +35,9 @@ class Backend {
                                     const ExecutionContext& context) const;
   virtual void lora_backward_grouped(const LoRABackwardGrouped& arguments,
                                      const ExecutionContext& context) const;
+  virtual void dora_scale(const DoRAScale& arguments, const ExecutionContext& context) const;
+  virtual void dora_scale_backward(const DoRAScaleBackward& arguments,
+                                   const ExecutionContext& context) const;
   virtual void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
                        const ExecutionContext& context) const;
   virtual void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,

@@ -54,6 +54,10 @@ void Backend::lora_forward_grouped(const LoRAForwardGrouped&, const ExecutionCon
 void Backend::lora_backward_grouped(const LoRABackwardGrouped&, const ExecutionContext&) const {
   refuse("lora_backward_grouped");
 }
+void Backend::dora_scale(const DoRAScale&, const ExecutionContext&) const { refuse("dora_scale"); }
+void Backend::dora_scale_backward(const DoRAScaleBackward&, const ExecutionContext&) const {
+  refuse("dora_scale_backward");
+}
 void Backend::dropout(const TensorView&, double, const TensorView&, const TensorView&,
                       const ExecutionContext&) const {
   refuse("dropout");

@@ -197,6 +197,46 @@ void lora_backward_grouped(const LoRABackwardGrouped& arguments, const Execution
   backend_for(x.device).lora_backward_grouped(arguments, context);
 }
 
+void dora_scale(const DoRAScale& arguments, const ExecutionContext& context) {
+  const auto& [rows, gain, addend, bias, y] = arguments;
+  const Validator validate("dora_scale", rows.device);
+  validate.float_dtype(rows, "rows");
+  validate.rank(rows, "rows", 2);
+  validate.dtype(gain, "gain", DType::float32);
+  validate.shape(gain, "gain", {rows.shape[1]});
+  if (addend.is_present) {
+    validate.dtype(addend, "addend", rows.dtype);
+    validate.shape(addend, "addend", rows.shape);
+  }
+  if (bias.is_present) {
+    validate.dtype(bias, "bias", rows.dtype);
+    validate.shape(bias, "bias", {rows.shape[1]});
+  }
+  validate.dtype(y, "y", rows.dtype);
+  validate.shape(y, "y", rows.shape);
+  backend_for(rows.device).dora_scale(arguments, context);
+}
+
+void dora_scale_backward(const DoRAScaleBackward& arguments, const ExecutionContext& context) {
+  const auto& [dy, rows, gain, scaled, sums] = arguments;
+  const Validator validate("dora_scale_backward", dy.device);
+  validate.float_dtype(dy, "dy");
+  validate.rank(dy, "dy", 2);
+  validate.dtype(gain, "gain", DType::float32);
+  validate.shape(gain, "gain", {dy.shape[1]});
+  validate.dtype(scaled, "scaled", dy.dtype);
+  validate.shape(scaled, "scaled", dy.shape);
+  check(rows.is_present == sums.is_present,
+        "dora_scale_backward: rows and sums come together or not at all");
+  if (rows.is_present) {
+    validate.dtype(rows, "rows", dy.dtype);
+    validate.shape(rows, "rows", dy.shape);
+    validate.dtype(sums, "sums", DType::float32);
+    validate.shape(sums, "sums", {dy.shape[1]});
+  }
+  backend_for(dy.device).dora_scale_backward(arguments, context);
+}
+
 void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
              const ExecutionContext& context) {
   const Validator validate("dropout", x.device);

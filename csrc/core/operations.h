@@ -160,6 +160,33 @@ struct LoRABackwardGrouped {
 };
 void lora_backward_grouped(const LoRABackwardGrouped& arguments, const ExecutionContext& context);
 
+/// What makes DoRA of LoRA (Liu et al. 2024, section 4): the rows that nf4_linear and lora_forward
+/// have made, with column j scaled by gain[j] = magnitude[j] / norm[j]:
+///
+///   y[m,n] = gain[n] * rows[m,n] + addend[m,n] + bias[n],  added in this order in fp32, rounded once
+///
+/// rows, addend, bias and y share one float dtype; gain is float32. `addend` and `bias` may be
+/// absent; y may be rows or addend.
+struct DoRAScale {
+  TensorView rows, gain, addend, bias;
+  TensorView y;  // written
+};
+void dora_scale(const DoRAScale& arguments, const ExecutionContext& context);
+
+/// The gradients of dora_scale in rows and gain:
+///
+///   scaled[m,n] = gain[n] * dy[m,n],  rounded to the dtype of dy
+///   sums[n] = Σ_m dy[m,n] * rows[m,n],  fp32, in the order of the rows
+///
+/// dy, rows and scaled share one float dtype; gain and sums are float32. rows and sums are absent
+/// together; scaled may be dy. The bits of both operations are the same on every instruction set and
+/// for every number of threads. The CUDA backend does not have them.
+struct DoRAScaleBackward {
+  TensorView dy, rows, gain;
+  TensorView scaled, sums;  // written
+};
+void dora_scale_backward(const DoRAScaleBackward& arguments, const ExecutionContext& context);
+
 /// out_e = x_e / (1 - p) with probability 1 - p, else 0, for 0 <= p < 1. `out` may be x.
 ///
 /// The mask is a function of `seed` (int64, one element) and e alone (core/philox.h): applied to a

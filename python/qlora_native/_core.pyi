@@ -110,6 +110,24 @@ def lora_backward_grouped(
     num_threads: int,
     stream: int,
 ) -> None: ...
+def dora_scale(
+    rows: Tensor,
+    gain: Tensor,
+    addend: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    num_threads: int,
+    stream: int,
+) -> None: ...
+def dora_scale_backward(
+    dy: Tensor,
+    rows: Tensor | None,
+    gain: Tensor,
+    scaled: Tensor,
+    sums: Tensor | None,
+    num_threads: int,
+    stream: int,
+) -> None: ...
 def dropout(
     x: Tensor, p: float, seed: Tensor, out: Tensor, num_threads: int, stream: int
 ) -> None: ...
