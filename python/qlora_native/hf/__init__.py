@@ -19,7 +19,10 @@ __all__ = ["NF4Config", "load_lora", "save_lora"]
 
 if importlib.util.find_spec("transformers.core_model_loading") is not None:
     from qlora_native.hf import quantizer as quantizer
+    from qlora_native.hf.bitsandbytes import loading as _bitsandbytes_loading
     from qlora_native.hf.config import NF4Config as NF4Config
+
+    _bitsandbytes_loading.install()
 
 
 def __getattr__(name: str) -> Any:
