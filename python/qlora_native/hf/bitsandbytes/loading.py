@@ -137,25 +137,31 @@ class ReadWeight(ConversionOps):
         """{part: [tensor]} of one weight -> {parameter: tensor}, by whole names."""
         parts = {part: value[0] for part, value in input_dict.items()}
         input_dict.clear()
-        if parts.keys() == {WEIGHT}:
-            dense = parts[WEIGHT]
-            if dense.is_floating_point():
-                dense = dense.to(self.hf_quantizer.dtype_of(model, full_layer_name))
-            return {full_layer_name: dense}
-        layer, _, _ = full_layer_name.rpartition(".")
-        module = model.get_submodule(layer)
         try:
-            if not isinstance(module, NF4Linear):
-                raise ValueError(f"is in 4 bits, want a dense weight for {type(module).__name__}")
-            weight = read_weight(layer, parts).tensors
-            if (weight.n, weight.k) != module.weight_shape:
-                raise ValueError(
-                    f"is of a layer {[weight.n, weight.k]}, want {list(module.weight_shape)}"
-                )
+            if parts.keys() == {WEIGHT}:
+                return {full_layer_name: self._dense(model, full_layer_name, parts[WEIGHT])}
+            return self._parameters(model, full_layer_name.rpartition(".")[0], parts)
         except (ValueError, NotImplementedError) as error:
             # The loader would put a table in the place of an error that is raised here.
             self.hf_quantizer.problems[full_layer_name] = str(error)
             return {}
+
+    def _dense(self, model: Any, name: str, weight: Tensor) -> Tensor:
+        if weight.is_floating_point():
+            return weight.to(self.hf_quantizer.dtype_of(model, name))
+        if model.get_parameter_or_buffer(name).is_floating_point():
+            raise ValueError(f"is {weight.dtype} {list(weight.shape)}, want a float: no scales")
+        return weight
+
+    def _parameters(self, model: Any, layer: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        module = model.get_submodule(layer)
+        if not isinstance(module, NF4Linear):
+            raise ValueError(f"is in 4 bits, want a dense weight for a {type(module).__name__}")
+        weight = read_weight(layer, parts).tensors
+        if (weight.n, weight.k) != module.weight_shape:
+            raise ValueError(
+                f"is of a layer {[weight.n, weight.k]}, want {list(module.weight_shape)}"
+            )
         return {f"{layer}.{name}": tensor for name, tensor in by_parameter(weight).items()}
 
 
