@@ -17,12 +17,19 @@ except ImportError as error:
 
 __all__ = ["NF4Config", "load_lora", "save_lora"]
 
-if importlib.util.find_spec("transformers.core_model_loading") is not None:
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+if _has("transformers") and _has("transformers.core_model_loading"):  # which came with 5.0
+    from qlora_native.hf import parameter_count
     from qlora_native.hf import quantizer as quantizer
     from qlora_native.hf.bitsandbytes import loading as _bitsandbytes_loading
     from qlora_native.hf.config import NF4Config as NF4Config
 
     _bitsandbytes_loading.install()
+    parameter_count.install()
 
 
 def __getattr__(name: str) -> Any:

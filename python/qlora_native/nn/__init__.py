@@ -8,10 +8,12 @@ from qlora_native.nn.model import (
     print_trainable_parameters,
     quantize_model,
 )
+from qlora_native.nn.nf4_experts import NF4Experts
 from qlora_native.nn.nf4_linear import NF4Linear
 
 __all__ = [
     "LoRALinear",
+    "NF4Experts",
     "NF4Linear",
     "add_lora",
     "count_parameters",

@@ -76,7 +76,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
 )
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'a'} cannot be read"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'a'} is no whole safetensors file"):
         SafetensorsReader(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="there is no"):
         SafetensorsReader(tmp_path / "b")

@@ -25,8 +25,9 @@ from qlora_native.hf.bitsandbytes.config import check_config, is_bitsandbytes, t
 from qlora_native.hf.bitsandbytes.format import NESTED_PARTS, QUANT_STATE, WEIGHT, read_weight
 from qlora_native.hf.bitsandbytes.layers import find_layers, shared_settings
 from qlora_native.hf.bitsandbytes.quant_state import QuantState, read_quant_state
-from qlora_native.hf.checkpoint import tensor_names
+from qlora_native.hf.checkpoint import tensor_dtypes
 from qlora_native.hf.config import QUANT_METHOD, NF4Config
+from qlora_native.hf.layers import warn_of_dense_weights
 from qlora_native.hf.quantizer import NF4HfQuantizer
 from qlora_native.nn import NF4Linear
 from qlora_native.nn.nf4_linear import by_parameter
@@ -88,6 +89,7 @@ class BitsAndBytesLoader(NF4HfQuantizer):
                 "bitsandbytes checkpoint has in 4 bits",
                 stacklevel=2,
             )
+        warn_of_dense_weights(model, config.skip or ())  # of experts, say
 
     def layers_in_checkpoint(self, checkpoint_files: Iterable[str] | None) -> set[str]:
         """Names of the layers that are in 4 bits."""
@@ -101,15 +103,14 @@ class BitsAndBytesLoader(NF4HfQuantizer):
         return model.get_parameter_or_buffer(name).dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        model = super()._process_model_after_weight_loading(model, **kwargs)
+        self._check_loaded(model)
         # For saving, transformers would turn the operation round, and for an adapter run it again.
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
             if not any(isinstance(op, ReadWeight) for op in getattr(conversion, "operations", ()))
         ]
-        model.hf_quantizer = NF4HfQuantizer(self.quantization_config, pre_quantized=True)
-        model.quantization_method = QUANT_METHOD
+        NF4HfQuantizer(self.quantization_config, pre_quantized=True).attach(model)
         return model
 
 
@@ -202,7 +203,7 @@ def install() -> None:
 def _quant_states(files: Iterable[str] | None) -> dict[str, QuantState]:
     """What the files say of each layer in 4 bits."""
     files = None if files is None else list(files)
-    names = tensor_names(files)
+    names = tensor_dtypes(files)
     if names is None or files is None:
         raise ValueError(f"a bitsandbytes checkpoint is read from safetensors files, not {files}")
     wanted = {f"{layer.name}.{QUANT_STATE}": layer.name for layer in find_layers(names)}
