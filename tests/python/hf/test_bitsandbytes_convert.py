@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes_checkpoints import dequantized, save_with_bitsandbytes
-from hf_models import tiny_llama
+from hf_models import tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -308,6 +308,16 @@ def test_damaged_folders_are_refused(copied, tmp_path):
     refused(FileNotFoundError, r"there is no .*config.json")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         convert_checkpoint(tmp_path / "nowhere", tmp_path / "a")
+
+
+def test_experts_in_4_bits_have_no_place_in_theirs(tmp_path):
+    tiny_mixtral().save_pretrained(tmp_path / "dense")
+    config = NF4Config()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(NotImplementedError, match=r"experts\..*_absmax: is of a parameter that"):
+        convert_checkpoint(tmp_path / "ours", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_our_own_form_is_checked_too(theirs, tmp_path):

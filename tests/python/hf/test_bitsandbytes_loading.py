@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes_checkpoints import WITHOUT_BITSANDBYTES, save_with_bitsandbytes
-from hf_models import tiny_gpt2, tiny_llama
+from hf_models import tiny_gpt2, tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -131,6 +131,19 @@ def test_layers_that_were_skipped_stay_dense(tmp_path):
     assert_has_weights(loaded, expected)
     assert type(loaded.model.layers[1].mlp.up_proj) is torch.nn.Linear
     assert loaded.config.quantization_config.skip == skip
+
+
+def test_experts_that_bitsandbytes_left_dense_are_named(tmp_path):
+    model = tiny_mixtral(torch.bfloat16)
+    expected = save_with_bitsandbytes(model, tmp_path / "a")
+    assert not any("experts" in name for name in expected)
+    with pytest.warns(
+        UserWarning, match=r"has the experts dense: model\.layers\.0\.mlp\.experts, "
+    ):
+        loaded = load(tmp_path / "a")
+    assert_has_weights(loaded, expected)
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert same_bits(loaded.get_parameter(name).data, model.get_parameter(name).data)
 
 
 # ---- other classes than the one that was saved

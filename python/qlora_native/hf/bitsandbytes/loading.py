@@ -27,9 +27,9 @@ from qlora_native.hf.bitsandbytes.layers import find_layers, shared_settings
 from qlora_native.hf.bitsandbytes.quant_state import QuantState, read_quant_state
 from qlora_native.hf.checkpoint import tensor_dtypes
 from qlora_native.hf.config import QUANT_METHOD, NF4Config
-from qlora_native.hf.layers import warn_of_dense_weights
 from qlora_native.hf.quantizer import NF4HfQuantizer
 from qlora_native.nn import NF4Linear
+from qlora_native.nn.nf4_experts import is_experts
 from qlora_native.nn.nf4_linear import by_parameter
 
 _LOADER = f"{QUANT_METHOD}_from_bitsandbytes"  # what transformers finds the loader by
@@ -89,7 +89,12 @@ class BitsAndBytesLoader(NF4HfQuantizer):
                 "bitsandbytes checkpoint has in 4 bits",
                 stacklevel=2,
             )
-        warn_of_dense_weights(model, config.skip or ())  # of experts, say
+        if experts := [name for name, module in model.named_modules() if is_experts(module)]:
+            warnings.warn(
+                f"the bitsandbytes checkpoint has the experts dense: {', '.join(experts)}; "
+                "quantising the original checkpoint by NF4Config takes them along",
+                stacklevel=2,
+            )
 
     def layers_in_checkpoint(self, checkpoint_files: Iterable[str] | None) -> set[str]:
         """Names of the layers that are in 4 bits."""
