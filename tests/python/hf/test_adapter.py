@@ -100,7 +100,9 @@ def test_what_peft_saves_loads_here(quantized, tmp_path, use_rslora):
     assert layers["model.layers.0.mlp.up_proj"].lora_alpha == 3
     assert all(layer.lora_dropout == 0.1 for layer in layers.values())
     trained = {name for name, p in quantized.named_parameters() if p.requires_grad}
-    assert trained == {f"{name}.lora_{factor}" for name in layers for factor in "ab"}
+    assert trained == {
+        f"{name}.adapters.default.lora_{factor}" for name in layers for factor in "ab"
+    }
 
 
 def test_round_trip_is_exact_on_a_fresh_and_on_an_equipped_model(quantized, tmp_path):
@@ -167,7 +169,7 @@ def test_save_refuses_a_model_without_lora_and_mixed_dropout(quantized, tmp_path
     with pytest.raises(ValueError, match="has no LoRALinear"):
         save_lora(quantized, tmp_path)
     add_lora(quantized, r=4)
-    quantized.model.layers[0].mlp.up_proj.lora_dropout = 0.5
+    quantized.model.layers[0].mlp.up_proj.adapters["default"].lora_dropout = 0.5
     with pytest.raises(ValueError, match=r"lora_dropout are \[0\.0, 0\.5\], want one value"):
         save_lora(quantized, tmp_path)
 
@@ -213,8 +215,8 @@ class TestLoadRefuses:
         with pytest.raises(ValueError, match="does not fit the model") as error:
             load_lora(quantized, folder)
         assert set(str(error.value).splitlines()[1:]) == {
-            "  base_model.model.lm_head.weight: not a factor of a plain LoRA layer",
-            "  model.layers.0.self_attn.q_proj: lora_B is missing",
+            "  base_model.model.lm_head.weight: not a factor of a LoRA layer",
+            "  model.layers.0.self_attn.q_proj: lora_B.weight is missing",
             "  nowhere: the model has no such module",
             "  model.layers.1.mlp.up_proj: lora_A is [3, 64], want [4, 64]",
         }
@@ -241,14 +243,29 @@ class TestLoadRefuses:
     def test_another_scaling(self, quantized, folder):
         equipped = add_lora(copy.deepcopy(quantized), r=4, lora_alpha=32)
         before = logits(equipped)
-        with pytest.raises(ValueError, match=r"is \(4, 16, False\), the model's is \(4, 32, Fal"):
+        with pytest.raises(ValueError, match=r"is \(4, 16, False, False\), .* is \(4, 32, F"):
             load_lora(equipped, folder)
         assert torch.equal(logits(equipped), before)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"use_dora": True}, "use_dora=True, want False"),
+            ({"use_dora": True}, "0.self_attn.q_proj: lora_magnitude_vector is missing"),
+            ({"use_dora": "yes"}, "use_dora='yes', want true or false"),
+            ({"lora_bias": True}, "lora_bias=True, want False"),
+            ({"kasa_config": {"a": 1}}, "kasa_config=.*want None"),
+            ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq', with which PEFT trains"),
+            ({"r": 0}, r"self_attn.q_proj: r is 0, want an integer from 1 to 64 for a layer"),
+            ({"r": 33}, r"k_proj: r is 33, want an integer from 1 to 32 for a layer \[32, 64\]"),
+            ({"r": "4"}, "r='4', want an integer"),
+            ({"r": 4.0}, r"r=4\.0, want an integer"),
+            ({"r": True}, "r=True, want an integer"),
+            ({"lora_alpha": None}, "lora_alpha=None, want a number"),
+            ({"lora_alpha": float("nan")}, "lora_alpha=nan, want a number"),
+            ({"lora_dropout": "0"}, "lora_dropout='0', want a number"),
+            ({"rank_pattern": [1]}, r"rank_pattern=\[1\], want an object"),
+            ({"rank_pattern": {"q_proj": "8"}}, r"rank_pattern\['q_proj'\]='8', want an integer"),
+            ({"alpha_pattern": {"(": 8}}, r"alpha_pattern with the key '\(', which is no regular"),
             ({"bias": "all"}, "bias='all', want 'none'"),
             ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*want None"),
             ({"peft_type": "LOHA"}, "peft_type='LOHA', want 'LORA'"),

@@ -110,9 +110,9 @@ def test_the_smallest_layer_bounds_the_rank_before_any_is_changed():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_second_lora_is_refused():
+def test_a_second_lora_of_the_same_name_is_refused():
     model = add_lora(Model(), r=2, target_modules=["up"])
-    with pytest.raises(ValueError, match="the model has LoRA layers already"):
+    with pytest.raises(ValueError, match="adapter_name 'default' is taken; there are: 'default'"):
         add_lora(model, r=2, target_modules=["down"])
 
 
