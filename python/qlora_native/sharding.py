@@ -4,6 +4,7 @@ A DTensor is known by its `to_local`, so that a process that shards nothing neve
 torch.distributed.tensor.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -42,3 +43,61 @@ def describe(tensor: Tensor) -> str:
         return "is a plain tensor"
     places, mesh = tensor.placements, tensor.device_mesh
     return f"is a DTensor placed {places} on {mesh}"
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor, on the CPU; of a sharded one every rank of its mesh must call."""
+    tensor = tensor.detach()
+    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return whole.cpu().contiguous()
+
+
+def copy_whole(whole: Tensor, into: Tensor) -> None:
+    """Write a whole tensor into another that may be sharded; each rank takes its part."""
+    if is_sharded(into):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = into.device_mesh
+        copies = whole.to(into.device, into.dtype)
+        everywhere = DTensor.from_local(copies, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        whole = everywhere.redistribute(mesh, into.placements)
+    into.copy_(whole)
+
+
+def on_first_rank(tensors: Iterable[Tensor], action: Callable[[], None]) -> None:
+    """Run `action` where the first rank of the tensors' mesh is, or here if none is sharded.
+
+    It has run when this returns on any rank, and an error of it is raised on all of them: a
+    RuntimeError with its message on the others.
+
+    Raises NotImplementedError for tensors on several meshes.
+    """
+    meshes = {tensor.device_mesh for tensor in tensors if is_sharded(tensor)}
+    if len(meshes) > 1:
+        names = ", ".join(sorted(map(str, meshes)))
+        raise NotImplementedError(f"the tensors are sharded over several meshes: {names}")
+    if not meshes:
+        action()
+        return
+    import torch.distributed as dist
+
+    mesh = meshes.pop()
+    here = mesh.get_coordinate()
+    error: Exception | None = None
+    if not any(here):
+        try:
+            action()
+        except Exception as raised:  # the others wait for news of it
+            error = raised
+    message = None if error is None else f"{type(error).__name__} on the first rank: {error}"
+    for dimension in range(mesh.ndim):
+        source = [0 if d == dimension else coordinate for d, coordinate in enumerate(here)]
+        news = [message]
+        dist.broadcast_object_list(
+            news, int(mesh.mesh[tuple(source)]), mesh.get_group(dimension), device=mesh.device_type
+        )
+        message = news[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise RuntimeError(message)
