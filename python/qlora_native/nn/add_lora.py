@@ -9,6 +9,7 @@ from qlora_native.nn.lora_linear import LoRALinear
 from qlora_native.nn.model import Layers, check_not_root, modules_with_names, replace_module
 from qlora_native.nn.nf4_linear import NF4Linear
 from qlora_native.nn.routing import Names, check_exist, routed_layers
+from qlora_native.nn.wrapping import check_not_distributed
 
 
 def add_lora(
@@ -44,6 +45,7 @@ def add_lora(
             the name is taken, an argument is out of range, or the model has LoRA layers of PEFT.
             The model is then as it was.
     """
+    check_not_distributed("add_lora", model)
     check_has_no_peft_layers("add_lora", model)
     check_adapter_name("add_lora", adapter_name, adapter_names(model))
     layers = _targets(model, target_modules)
@@ -100,6 +102,7 @@ def delete_lora(model: nn.Module, adapter_name: str) -> nn.Module:
     has), or if it is in force: `set_lora` puts another, or None, in force first. The model is then
     as it was.
     """
+    check_not_distributed("delete_lora", model)
     check_exist("delete_lora", [adapter_name], adapter_names(model))
     layers = modules_with_names(
         model, lambda m: isinstance(m, LoRALinear) and adapter_name in m.adapters
