@@ -8,5 +8,6 @@ except ImportError as error:
     raise ImportError(
         "qlora_native.hf needs safetensors: pip install 'qlora_native[train]'", name=error.name
     ) from error
+from qlora_native.hf.training import prepare_model
 
-__all__ = ["load_lora", "save_lora"]
+__all__ = ["load_lora", "prepare_model", "save_lora"]
