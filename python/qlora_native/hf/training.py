@@ -109,8 +109,9 @@ def _compute_in_fp32(norm: nn.Module) -> None:
     norm.register_forward_hook(_ToDtype(dtype))
 
 
-def _enable_checkpointing(model: Any, settings: dict[str, Any]) -> None:
-    """By the method's new name, or the old one of transformers before 5.20."""
+def _enable_checkpointing(model: Any, given: Mapping[str, Any]) -> None:
+    """By the method's new name, or by that of older transformers."""
+    settings = {"use_reentrant": False, **given}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(settings)
     else:

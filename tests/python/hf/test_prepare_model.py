@@ -59,7 +59,7 @@ def test_norms_alone_become_fp32():
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
 def test_activations_stay_in_16_bits(make):
-    model = make()
+    model = make().eval()
     with torch.no_grad():
         expected = model(input_ids=TOKENS).logits
     prepare_model(model)

@@ -1,4 +1,4 @@
-"""Real runs of transformers' Trainer and TRL's SFTTrainer: loss falls, checkpoints, exact resume."""
+"""Real runs of Trainer and of TRL's SFTTrainer: the loss falls, resuming is exact."""
 
 import warnings
 from pathlib import Path
