@@ -1,4 +1,10 @@
-"""Exchange with Hugging Face's libraries: adapters in PEFT's format."""
+"""At home in Hugging Face's libraries: transformers' quantiser, and adapters in PEFT's format.
+
+Importing this package registers `NF4Config` with transformers, where that is installed.
+"""
+
+import importlib.util
+from typing import Any
 
 try:
     from qlora_native.hf.adapter import load_lora, save_lora
@@ -10,4 +16,17 @@ except ImportError as error:
     ) from error
 from qlora_native.hf.training import prepare_model
 
-__all__ = ["load_lora", "prepare_model", "save_lora"]
+__all__ = ["NF4Config", "load_lora", "prepare_model", "save_lora"]
+
+if importlib.util.find_spec("transformers.core_model_loading") is not None:
+    from qlora_native.hf import quantizer as quantizer
+    from qlora_native.hf.config import NF4Config as NF4Config
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NF4Config":
+        raise ImportError(
+            "qlora_native.hf.NF4Config needs transformers 5 or newer: "
+            "pip install 'qlora_native[train]'"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,12 +45,12 @@ def quantize_model(
         raise ValueError(f"quantize_model: skip is {skip!r}, want a list of names")
     names = [name for name, _ in model.named_modules()]
     for entry in skip:
-        if entry != "lm_head" and not any(_name_matches(name, entry) for name in names):
+        if entry != "lm_head" and not any(name_matches(name, entry) for name in names):
             raise ValueError(f"quantize_model: skip has {entry!r}, which matches no module")
     targets = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(_name_matches(name, entry) for entry in skip)
+        if isinstance(module, nn.Linear) and not any(name_matches(name, entry) for entry in skip)
     ]
     subclasses = [name for name, module in targets if type(module) is not nn.Linear]
     if subclasses:
@@ -167,7 +167,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
 
-def _name_matches(name: str, entry: str) -> bool:
+def name_matches(name: str, entry: str) -> bool:
     """Whether `entry` is `name` or a run of whole components of it."""
     return f".{entry}." in f".{name}."
 
@@ -231,7 +231,7 @@ def _warn_of_other_weights(model: nn.Module, skip: Sequence[str]) -> None:
         (f"{name}.{parameter_name}".lstrip("."), parameter)
         for name, module in model.named_modules()
         if not isinstance(module, nn.Linear | nn.Embedding | NF4Linear)
-        and not any(_name_matches(name, entry) for entry in skip)
+        and not any(name_matches(name, entry) for entry in skip)
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2 and parameter.is_floating_point()
     ]

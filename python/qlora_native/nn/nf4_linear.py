@@ -131,6 +131,52 @@ class NF4Linear(nn.Module):
         """The dense weight `[out_features, in_features]` in `dtype`, into `out` where given."""
         return nf4_dequantize(self.nf4_weight, dtype, out)
 
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters, by name, in which this layer would store a dense weight.
+
+        Args:
+            weight: `[out_features, in_features]`; the layer is left as it is.
+
+        Raises:
+            ValueError: another shape or dtype, or a NaN or Inf.
+        """
+        self._check_dense_shape(weight, self.weight_shape)
+        tensors = nf4_quantize(weight, self.block_size, self.double_quant).tensors
+        return {
+            name: tensor
+            for name, tensor in zip(_WEIGHT_PARAMETERS, tensors[:4], strict=True)
+            if tensor is not None
+        }
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype, weight: Tensor | None = None) -> nn.Module:
+        """The dense layer that this one stands for, in `dtype` and frozen.
+
+        Args:
+            dtype: of the weight and the bias.
+            weight: `[out_features, in_features]`, in place of the dequantised one: a merged one.
+
+        Returns:
+            An nn.Linear; the layers of GPT-2 (`qlora_native.hf`) give transformers' Conv1D.
+        """
+        if weight is None:
+            weight = self.dequantize(dtype)
+        self._check_dense_shape(weight, self.weight_shape)
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        return self._fill_dense(dense, weight.to(dtype), dtype)
+
+    def _fill_dense(self, dense: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+        dense.weight = _frozen(weight)
+        dense.bias = None if self.bias is None else _frozen(self.bias.to(dtype, copy=True))
+        return dense.train(self.training)
+
+    def _check_dense_shape(self, weight: Tensor, shape: torch.Size) -> None:
+        if weight.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}: the dense weight is {list(weight.shape)}, want "
+                f"{list(shape)}"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """x[..., in_features] -> y[..., out_features], in x's dtype or, if on, autocast's."""
         dtype = self.compute_dtype_for(x)
