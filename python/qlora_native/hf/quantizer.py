@@ -1,6 +1,7 @@
 """NF4HfQuantizer: transformers' loader, taught to quantise each weight as it is read."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class NF4HfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.problems: dict[str, str] = {}  # by parameter
+        self._has_lora = False
         self._expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
 
     # ---- what transformers asks
@@ -54,6 +56,15 @@ class NF4HfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters beside the 4-bit layers are."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer refuses a quantised model that has no adapter, and knows PEFT's alone."""
+        return self._has_lora
+
+    def on_lora_added(self) -> None:
+        """What `add_lora` and `load_lora` tell: the model has adapters that Trainer may train."""
+        self._has_lora = True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a device map that cannot be right; asked again once `"auto"` is a map."""
@@ -95,15 +106,23 @@ class NF4HfQuantizer(HfQuantizer):
         return NF4Quantize(self)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Nothing is changed for saving; a model that would not load again is refused."""
-        adapters = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
-        ]
-        if adapters and not getattr(model, "_hf_peft_config_loaded", False):
+        """Nothing is changed for saving; what `from_pretrained` would not load is said.
+
+        With LoRALinear layers that is a warning, for Trainer's checkpoints are saved so, and it
+        resumes from them by the names in them.
+        """
+        native = _names_of(model, lambda module: isinstance(module, LoRALinear))
+        if native:
+            warnings.warn(
+                f"save_pretrained: {native[0]} and {len(native) - 1} more layers have an adapter: "
+                "load_state_dict and a resumed Trainer load this checkpoint, from_pretrained does "
+                "not; save_lora writes the adapter on its own",
+                stacklevel=3,
+            )
+        others = _names_of(model, lambda module: hasattr(module, "base_layer"))
+        if others and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
-                f"save_pretrained: {adapters[0]} and {len(adapters) - 1} more layers have an "
+                f"save_pretrained: {others[0]} and {len(others) - 1} more layers have an "
                 "adapter, whose names no model would load; save the adapter on its own or merge it"
             )
         return None, {}
@@ -234,6 +253,10 @@ class NF4Quantize(ConversionOps):
             del dense
             converted |= {f"{layer_name}.{part}": tensor for part, tensor in parts.items()}
         return converted
+
+
+def _names_of(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> list[str]:
+    return [name for name, module in model.named_modules() if is_wanted(module)]
 
 
 def nf4_layers(model: nn.Module) -> list[nn.Module]:

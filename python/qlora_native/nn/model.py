@@ -126,7 +126,15 @@ def add_lora(
     model.requires_grad_(False)
     for layer, names in layers.items():
         replace_module(model, names, LoRALinear(layer, r, lora_alpha, lora_dropout, use_rslora))
+    tell_quantizer(model)
     return model
+
+
+def tell_quantizer(model: nn.Module) -> None:
+    """Tell the quantiser of a transformers model, where it asks, that the model has a LoRA now."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if hasattr(quantizer, "on_lora_added"):
+        quantizer.on_lora_added()
 
 
 def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
