@@ -132,9 +132,9 @@ def add_lora(
 
 def tell_quantizer(model: nn.Module) -> None:
     """Tell the quantiser of a transformers model, where it asks, that the model has a LoRA now."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if hasattr(quantizer, "on_lora_added"):
-        quantizer.on_lora_added()
+    on_lora_added = getattr(getattr(model, "hf_quantizer", None), "on_lora_added", None)
+    if on_lora_added is not None:
+        on_lora_added()
 
 
 def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
