@@ -15,8 +15,9 @@ except ImportError as error:
     raise ImportError(
         "qlora_native.hf needs safetensors: pip install 'qlora_native[train]'", name=error.name
     ) from error
+from qlora_native.hf.training import prepare_model
 
-__all__ = ["NF4Config", "load_lora", "merge_into_checkpoint", "save_lora"]
+__all__ = ["NF4Config", "load_lora", "merge_into_checkpoint", "prepare_model", "save_lora"]
 
 
 def _has(module: str) -> bool:
@@ -30,13 +31,13 @@ if _has("transformers") and _has("transformers.core_model_loading"):  # which ca
     from qlora_native.hf.config import NF4Config as NF4Config
     from qlora_native.hf.merge_checkpoint import merge_into_checkpoint as merge_into_checkpoint
 
-if importlib.util.find_spec("peft") is not None:
+    _bitsandbytes_loading.install()
+    parameter_count.install()
+
+if _has("peft"):
     from qlora_native.hf.peft import install as _install_peft_layers
 
     _install_peft_layers()
-
-    _bitsandbytes_loading.install()
-    parameter_count.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """NF4HfQuantizer: transformers' loader, taught to quantise each weight as it is read."""
 
+import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -114,15 +115,23 @@ class NF4HfQuantizer(HfQuantizer):
         return NF4Quantize(self)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Nothing is changed for saving; a model that would not load again is refused."""
-        adapters = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
-        ]
-        if adapters and not getattr(model, "_hf_peft_config_loaded", False):
+        """Nothing is changed for saving; what `from_pretrained` would not load is said.
+
+        With LoRALinear layers that is a warning, for Trainer's checkpoints are saved so, and it
+        resumes from them by the names in them.
+        """
+        native = _names_of(model, lambda module: isinstance(module, LoRALinear))
+        if native:
+            warnings.warn(
+                f"save_pretrained: {native[0]} and {len(native) - 1} more layers have an adapter: "
+                "load_state_dict and a resumed Trainer load this checkpoint, from_pretrained does "
+                "not; save_lora writes the adapter on its own",
+                stacklevel=3,
+            )
+        others = _names_of(model, lambda module: hasattr(module, "base_layer"))
+        if others and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
-                f"save_pretrained: {adapters[0]} and {len(adapters) - 1} more layers have an "
+                f"save_pretrained: {others[0]} and {len(others) - 1} more layers have an "
                 "adapter, whose names no model would load; save the adapter on its own or merge it"
             )
         return None, {}
@@ -278,6 +287,10 @@ class NF4Quantize(ConversionOps):
             del dense
             converted |= {f"{layer_name}.{part}": tensor for part, tensor in parts.items()}
         return converted
+
+
+def _names_of(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> list[str]:
+    return [name for name, module in model.named_modules() if is_wanted(module)]
 
 
 def _is_cuda(device: Any) -> bool:

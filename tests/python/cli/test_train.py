@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import END, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from qlora_native import quantize_model
@@ -14,6 +13,7 @@ from qlora_native.cli import devices
 from qlora_native.cli.dataset import Columns, read_examples
 from qlora_native.cli.errors import CommandError
 from qlora_native.hf import load_lora
+from tiny_model import END, make_tokenizer
 
 
 @pytest.fixture
