@@ -18,7 +18,13 @@ except ImportError as error:
 
 __all__ = ["NF4Config", "load_lora", "merge_into_checkpoint", "save_lora"]
 
-if importlib.util.find_spec("transformers.core_model_loading") is not None:
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+if _has("transformers") and _has("transformers.core_model_loading"):  # which came with 5.0
+    from qlora_native.hf import parameter_count
     from qlora_native.hf import quantizer as quantizer
     from qlora_native.hf.config import NF4Config as NF4Config
     from qlora_native.hf.merge_checkpoint import merge_into_checkpoint as merge_into_checkpoint
@@ -27,6 +33,8 @@ if importlib.util.find_spec("peft") is not None:
     from qlora_native.hf.peft import install as _install_peft_layers
 
     _install_peft_layers()
+
+    parameter_count.install()
 
 
 def __getattr__(name: str) -> Any:

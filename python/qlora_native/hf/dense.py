@@ -15,9 +15,10 @@ def forget_quantization(model: nn.Module) -> nn.Module:
     """Take off `model` and its parts all by which transformers knows a quantised model, in place.
 
     The quantiser, its config (in sub-configs too) and the flags `is_quantized`,
-    `quantization_method` and `_is_quantized` go, and so do the conversions of weights by which the
-    quantiser loaded a checkpoint and by which saving would undo them. The config's dtype becomes
-    the dtype of the weights. The layers must be dense already; `dequantize_layers` makes them so.
+    `quantization_method` and `_is_quantized` go. Of the conversions of weights by which saving
+    would undo what loading did, those of the quantiser go and those of the model's class come back.
+    The config's dtype becomes the dtype of the weights. The layers must be dense already;
+    `dequantize_layers` makes them so.
 
     Args:
         model: a PreTrainedModel, or any module that holds some. A plain module is left as it is.
@@ -26,12 +27,15 @@ def forget_quantization(model: nn.Module) -> nn.Module:
         `model`.
     """
     for module in model.modules():
+        quantizer = vars(module).get("hf_quantizer")
+        if hasattr(quantizer, "dense_conversions"):  # ours has put them by while there were codes
+            module._weight_conversions = quantizer.dense_conversions
         for name in _OF_THE_MODEL:
             _remove(module, name)
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "to_dict"):
             _clean_config(config)
-        conversions = module.__dict__.get("_weight_conversions")
+        conversions = vars(module).get("_weight_conversions")
         if conversions:
             module._weight_conversions = [c for c in conversions if not _is_quantizers(c)]
     if getattr(getattr(model, "config", None), "dtype", None) is not None:
