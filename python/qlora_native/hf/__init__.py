@@ -26,6 +26,7 @@ def _has(module: str) -> bool:
 if _has("transformers") and _has("transformers.core_model_loading"):  # which came with 5.0
     from qlora_native.hf import parameter_count
     from qlora_native.hf import quantizer as quantizer
+    from qlora_native.hf.bitsandbytes import loading as _bitsandbytes_loading
     from qlora_native.hf.config import NF4Config as NF4Config
     from qlora_native.hf.merge_checkpoint import merge_into_checkpoint as merge_into_checkpoint
 
@@ -34,6 +35,7 @@ if importlib.util.find_spec("peft") is not None:
 
     _install_peft_layers()
 
+    _bitsandbytes_loading.install()
     parameter_count.install()
 
 

@@ -28,7 +28,7 @@ def test_no_command_is_an_error(capsys):
     assert "demo|train|merge|convert|info" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "merge"])
+@pytest.mark.parametrize("command", ["demo", "train", "merge", "convert"])
 def test_help_and_info_do_without_the_extra_packages(command):
     """Without transformers help still works, and the command says what to install."""
     program = (
@@ -41,12 +41,15 @@ def test_help_and_info_do_without_the_extra_packages(command):
         f"sys.exit(main(['{command}'] + sys.argv[1:]))\n"
     )
     options = {
-        "demo": [],
         "train": ["--model", "x", "--data", "x", "--output", "x"],
         "merge": ["--adapter", "x", "--model", "x", "--output", "x"],
-    }[command]
+        "convert": ["x", "y"],
+    }
     done = subprocess.run(
-        [sys.executable, "-c", program, *options], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *options.get(command, [])],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "pip install 'qlora_native[train]'" in done.stderr
