@@ -20,7 +20,7 @@ from qlora_native.nn import LoRAAdapter, LoRALinear
 from qlora_native.nn.add_lora import adapter_names, check_has_no_peft_layers, put_adapters
 from qlora_native.nn.lora_adapter import check_adapter_name, check_lora_arguments
 from qlora_native.nn.model import Layers, lora_layers, modules_with_names
-from qlora_native.nn.routing import check_names
+from qlora_native.nn.routing import check_exist
 
 # The parameters of a LoRAAdapter, with the ends of their keys.
 _KEY_ENDS = {
@@ -77,8 +77,7 @@ def save_lora(
                 + ", ".join(map(repr, sorted(existing)))
             )
         (adapter_name,) = existing
-    if adapter_name not in existing:
-        check_names("save_lora", adapter_name, existing)
+    check_exist("save_lora", [adapter_name], existing)
     adapters = {
         name: layer.adapters[adapter_name]
         for name, layer in layers.items()

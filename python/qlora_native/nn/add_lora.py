@@ -8,7 +8,7 @@ from qlora_native.nn.lora_adapter import LoRAAdapter, check_adapter_name, check_
 from qlora_native.nn.lora_linear import LoRALinear
 from qlora_native.nn.model import Layers, check_not_root, modules_with_names, replace_module
 from qlora_native.nn.nf4_linear import NF4Linear
-from qlora_native.nn.routing import Names, check_names, routed_layers
+from qlora_native.nn.routing import Names, check_exist, routed_layers
 
 
 def add_lora(
@@ -100,7 +100,7 @@ def delete_lora(model: nn.Module, adapter_name: str) -> nn.Module:
     has), or if it is in force: `set_lora` puts another, or None, in force first. The model is then
     as it was.
     """
-    check_names("delete_lora", adapter_name, adapter_names(model))
+    check_exist("delete_lora", [adapter_name], adapter_names(model))
     layers = modules_with_names(
         model, lambda m: isinstance(m, LoRALinear) and adapter_name in m.adapters
     )

@@ -16,7 +16,7 @@ from qlora_native.nn.routing import (
     BASE,
     RoutedLayer,
     Routing,
-    check_names,
+    check_exist,
     groups_of_batch,
     rows_of_each_element,
 )
@@ -120,7 +120,7 @@ class LoRALinear(HeldMerge, RoutedLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter. ValueError if there is none of that name, or it is in force."""
-        check_names("LoRALinear.delete_adapter", adapter_name, self.adapters)
+        check_exist("LoRALinear.delete_adapter", [adapter_name], self.adapters)
         self.check_not_in_force("LoRALinear.delete_adapter", adapter_name)
         del self.adapters[adapter_name]
 
