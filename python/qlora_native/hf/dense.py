@@ -43,6 +43,23 @@ def forget_quantization(model: nn.Module) -> nn.Module:
     return model
 
 
+def note_untied_head(model: nn.Module) -> None:
+    """Have the config say so if a merge has parted the output head's weight from the embedding's.
+
+    Loading, or `tie_weights()`, would tie them again.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    owner: Any = model
+    head, embedding = owner.get_output_embeddings(), owner.get_input_embeddings()
+    if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
+        config.tie_word_embeddings = False
+        tied = getattr(owner, "all_tied_weights_keys", {})
+        name = next((n for n, module in model.named_modules() if module is head), "")
+        tied.pop(f"{name}.weight", None)
+
+
 def _clean_config(config: Any) -> None:
     for name in _OF_THE_CONFIG:
         _remove(config, name)

@@ -23,6 +23,8 @@ def dense_dtype(model: nn.Module) -> torch.dtype:
     if sizes:
         return sizes.most_common(1)[0][0]
     configured = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(configured, str):  # as it is once the model was saved
+        configured = getattr(torch, configured, None)
     return configured if configured in FLOAT_DTYPES else torch.float32
 
 

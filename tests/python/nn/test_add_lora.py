@@ -14,7 +14,7 @@ from qlora_native import (
     quantize_model,
     set_lora,
 )
-from support import NAMES, Model, nf4_layer, same_bits
+from support import NAMES, Model, nf4_layer, same_bits, state_bits
 
 TOKENS = torch.arange(7)[None]
 
