@@ -72,12 +72,18 @@ def check_dtype(operation: str, dtype: torch.dtype | None) -> torch.dtype | None
 
 
 def check_materialised(operation: str, name: str, layer: nn.Module) -> None:
-    """Raise ValueError if the layer's weight is somewhere else than in memory."""
-    if any(parameter.is_meta for parameter in layer.parameters()):
-        raise ValueError(
-            f"{operation}: {name} has parameters on the meta device, as offloaded layers have; "
-            "load the model without offloading"
-        )
+    """Raise ValueError if the layer's weights are not all here: offloaded, or sharded."""
+    for parameter in layer.parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{operation}: {name} has parameters on the meta device, as offloaded layers have; "
+                "load the model without offloading"
+            )
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(
+                f"{operation}: {name} is sharded over processes; save the adapter, and merge it in "
+                "one process"
+            )
 
 
 def replacement(old: nn.Module, new: nn.Module) -> nn.Module:
