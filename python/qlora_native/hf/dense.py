@@ -29,7 +29,10 @@ def forget_quantization(model: nn.Module) -> nn.Module:
     for module in model.modules():
         quantizer = vars(module).get("hf_quantizer")
         if hasattr(quantizer, "dense_conversions"):  # ours has put them by while there were codes
-            module._weight_conversions = quantizer.dense_conversions
+            conversions = quantizer.dense_conversions
+            if quantizer.pre_quantized and not conversions:
+                conversions = None  # a 4-bit checkpoint is read as it is: those of the class
+            module._weight_conversions = conversions
         for name in _OF_THE_MODEL:
             _remove(module, name)
         config = getattr(module, "config", None)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from hf_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2_moe, tiny_t5
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
@@ -93,6 +94,9 @@ def test_a_merged_model_is_a_plain_one(kind, dtype, saved_in_4_bits, tmp_path):
     again, info = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values())
     assert state_bits(again) == state_bits(model)
+    files = (tmp_path / folder / "model.safetensors" for folder in ("original", "merged"))
+    names = [set(load_file(file)) for file in files]
+    assert names[0] == names[1]
     assert again.dtype == again.config.dtype == dtype
     settings = [
         json.loads((tmp_path / folder / "config.json").read_text())
