@@ -24,6 +24,7 @@ from qlora_native.hf.layers import (
     put_nf4_layers,
     warn_of_dense_weights,
 )
+from qlora_native.hf.streamed_experts import StreamedExperts
 from qlora_native.nn import LoRALinear, NF4Experts, NF4Linear
 from qlora_native.nn.model import replace_module
 
@@ -111,6 +112,13 @@ class NF4HfQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that the loader runs on each weight of a dense checkpoint."""
         return NF4Quantize(self)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Where the loader would stack the dense experts of a layer, quantise them one by one."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        if self.pre_quantized:
+            return conversions
+        return [StreamedExperts.in_place_of(conversion) for conversion in conversions]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Nothing is changed for saving; a model that would not load again is refused."""
