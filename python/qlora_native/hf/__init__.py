@@ -25,8 +25,10 @@ def _has(module: str) -> bool:
 if _has("transformers") and _has("transformers.core_model_loading"):  # which came with 5.0
     from qlora_native.hf import parameter_count
     from qlora_native.hf import quantizer as quantizer
+    from qlora_native.hf.bitsandbytes import loading as _bitsandbytes_loading
     from qlora_native.hf.config import NF4Config as NF4Config
 
+    _bitsandbytes_loading.install()
     parameter_count.install()
 
 

@@ -23,21 +23,33 @@ def tensor_dtypes(files: Iterable[str] | None) -> dict[str, str] | None:
     if files is None or any(not str(file).endswith(".safetensors") for file in files):
         return None
     dtypes = {}
-    for file in map(Path, files):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            cut_off = _cut_off(file)
-            where = f"; {cut_off!r} ends beyond the file" if cut_off else ""
-            raise ValueError(f"{file} is no whole safetensors file: {error}{where}") from error
-        header, _ = _header(file)
+    for file in files:
+        header, _ = read_header(Path(file))
         dtypes.update({name: entry["dtype"] for name, entry in header.items()})
     return dtypes
 
 
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes begin.
+
+    Returns:
+        {tensor: {"dtype", "shape", "data_offsets"}} and the offset of what the offsets count from.
+
+    Raises:
+        ValueError: the file is damaged; the message names it and the tensor that is cut off.
+    """
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        cut_off = _cut_off(file)
+        where = f"; {cut_off!r} ends beyond the file" if cut_off else ""
+        raise ValueError(f"{file} is no whole safetensors file: {error}{where}") from error
+    return _header(file)
+
+
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """({tensor: {"dtype", "shape", "data_offsets"}}, not checked, and where the data begin)."""
+    """What `read_header` returns, not checked."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header: dict[str, Any] = json.loads(opened.read(min(length, _HEADER_LIMIT)))

@@ -16,7 +16,7 @@ from qlora_native.ops.storage import (
 )
 
 # The parameter that each stored tensor of the weight is, in the order of NF4Tensors.
-_WEIGHT_PARAMETERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
+WEIGHT_PARAMETERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
 
 
 class NF4Linear(nn.Module):
@@ -152,12 +152,7 @@ class NF4Linear(nn.Module):
             ValueError: another shape or dtype, or a NaN or Inf.
         """
         self._check_dense_shape(weight, self.weight_shape)
-        tensors = nf4_quantize(weight, self.block_size, self.double_quant).tensors
-        return {
-            name: tensor
-            for name, tensor in zip(_WEIGHT_PARAMETERS, tensors[:4], strict=True)
-            if tensor is not None
-        }
+        return by_parameter(nf4_quantize(weight, self.block_size, self.double_quant).tensors)
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype, weight: Tensor | None = None) -> nn.Module:
@@ -227,7 +222,7 @@ class NF4Linear(nn.Module):
         )
 
     def _set_weight(self, tensors: NF4Tensors) -> None:
-        for name, tensor in zip(_WEIGHT_PARAMETERS, tensors[:4], strict=True):
+        for name, tensor in zip(WEIGHT_PARAMETERS, tensors[:4], strict=True):
             self.register_parameter(name, None if tensor is None else _frozen(tensor))
 
     def _load_from_state_dict(
@@ -241,7 +236,7 @@ class NF4Linear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Refuse a weight that is not bytes: copying would turn floats into codes in silence."""
-        if problem := unless_bytes(state_dict, prefix, _WEIGHT_PARAMETERS):
+        if problem := unless_bytes(state_dict, prefix, WEIGHT_PARAMETERS):
             error_msgs.append(
                 f"NF4Linear: {problem}; a dense weight is quantised by NF4Linear.from_linear or "
                 "quantize_model"
@@ -250,6 +245,12 @@ class NF4Linear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def by_parameter(tensors: NF4Tensors) -> dict[str, Tensor]:
+    """The stored tensors by the names that an NF4Linear gives them."""
+    named = zip(WEIGHT_PARAMETERS, tensors[:4], strict=True)
+    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def unless_bytes(state_dict: dict[str, Any], prefix: str, names: Iterable[str]) -> str | None:
