@@ -21,10 +21,12 @@ from qlora_native.hf.layers import (
     is_named,
     is_offloaded,
     kept_in_fp32,
+    move_hook,
     nf4_layers,
     put_nf4_layers,
     warn_of_dense_weights,
 )
+from qlora_native.hf.streamed_experts import StreamedExperts
 from qlora_native.nn import LoRALinear, NF4Experts, NF4Linear
 from qlora_native.nn.model import replace_module
 
@@ -113,13 +115,16 @@ class NF4HfQuantizer(HfQuantizer):
         """The operation that the loader runs on each weight of a dense checkpoint."""
         return NF4Quantize(self)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Where the loader would stack the dense experts of a layer, quantise them one by one."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args)
+        if self.pre_quantized:
+            return conversions
+        return [StreamedExperts.in_place_of(conversion) for conversion in conversions]
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[None, dict[str, str]]:
         """Nothing is changed for saving; a model that would not load again is refused."""
-        adapters = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
-        ]
+        adapters = adapter_layers(model)
         if adapters and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"save_pretrained: {adapters[0]} and {len(adapters) - 1} more layers have an "
@@ -141,12 +146,14 @@ class NF4HfQuantizer(HfQuantizer):
             check_skip(model, config.skip)
         if not self.pre_quantized or file_layers is None:
             layers = put_nf4_layers(
-                model, config, lambda name: name not in dense and not is_named(name, entries)
+                model,
+                config,
+                lambda names: not any(name in dense or is_named(name, entries) for name in names),
             )
             warn_of_dense_weights(model, entries)
         else:
-            names = _with_prefix_and_without(file_layers, model.base_model_prefix)
-            layers = put_nf4_layers(model, config, names.__contains__)
+            stored = _with_prefix_and_without(file_layers, model.base_model_prefix)
+            layers = put_nf4_layers(model, config, lambda names: not stored.isdisjoint(names))
         if not layers:
             raise ValueError(
                 f"NF4Config: {type(model).__name__} has no layer to hold in 4 bits"
@@ -231,9 +238,12 @@ class NF4HfQuantizer(HfQuantizer):
             )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # after a save it is
         dtype = dtype or model.dtype
+        is_trained = not adapter_layers(model)  # beside an adapter the base stays frozen
         while layers:
             layer, names = layers.popitem()
-            replace_module(model, names, layer.to_dense(dtype).requires_grad_(True))
+            dense = layer.to_dense(dtype).requires_grad_(is_trained)
+            move_hook(layer, dense)
+            replace_module(model, names, dense)
         return model if dtype == model.dtype else model.to(dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -277,6 +287,15 @@ class NF4Quantize(ConversionOps):
             del dense
             converted |= {f"{layer_name}.{part}": tensor for part, tensor in parts.items()}
         return converted
+
+
+def adapter_layers(model: nn.Module) -> list[str]:
+    """The names of layers with an adapter: native ones, and PEFT's."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
+    ]
 
 
 def _is_cuda(device: Any) -> bool:
