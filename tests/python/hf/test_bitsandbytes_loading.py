@@ -221,7 +221,8 @@ def test_a_setting_that_the_checkpoint_contradicts_is_warned_of(checkpoint, sett
 def test_it_is_saved_as_one_of_ours_and_has_no_trace_of_bitsandbytes(checkpoint, tmp_path):
     folder, expected = checkpoint
     loaded = load(folder)
-    assert type(loaded.hf_quantizer) is NF4HfQuantizer
+    assert isinstance(loaded.hf_quantizer, NF4HfQuantizer)
+    assert loaded.hf_quantizer.get_weight_conversions() == []  # as for an adapter
     assert loaded.quantization_method == NF4Config().quant_method
     loaded.save_pretrained(tmp_path / "ours")
     assert "bitsandbytes" not in (tmp_path / "ours" / "config.json").read_text()
