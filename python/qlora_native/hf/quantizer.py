@@ -20,10 +20,12 @@ from qlora_native.hf.layers import (
     is_named,
     is_offloaded,
     kept_in_fp32,
+    move_hook,
     nf4_layers,
     put_nf4_layers,
     warn_of_dense_weights,
 )
+from qlora_native.hf.streamed_experts import StreamedExperts
 from qlora_native.nn import LoRALinear, NF4Experts, NF4Linear
 from qlora_native.nn.model import replace_module
 
@@ -112,7 +114,14 @@ class NF4HfQuantizer(HfQuantizer):
         """The operation that the loader runs on each weight of a dense checkpoint."""
         return NF4Quantize(self)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Where the loader would stack the dense experts of a layer, quantise them one by one."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args)
+        if self.pre_quantized:
+            return conversions
+        return [StreamedExperts.in_place_of(conversion) for conversion in conversions]
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[None, dict[str, str]]:
         """Nothing is changed for saving; a model that would not load again is refused."""
         adapters = [
             name
@@ -232,7 +241,9 @@ class NF4HfQuantizer(HfQuantizer):
         dtype = dtype or model.dtype
         while layers:
             layer, names = layers.popitem()
-            replace_module(model, names, layer.to_dense(dtype).requires_grad_(True))
+            dense = layer.to_dense(dtype).requires_grad_(True)
+            move_hook(layer, dense)
+            replace_module(model, names, dense)
         model._weight_conversions = self._conversions
         return model if dtype == model.dtype else model.to(dtype)
 
