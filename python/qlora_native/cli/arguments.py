@@ -57,6 +57,20 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
 
 
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `qlora-native convert`."""
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="a folder that save_pretrained wrote")
+    add("destination", type=Path, metavar="DST", help="a new folder")
+    add("--to", choices=("nf4", "bitsandbytes"), help="default: the form that SRC has not")
+    add(
+        "--quant-storage",
+        choices=("uint8", "bfloat16", "float16", "float32"),
+        default="uint8",
+        help="of bitsandbytes' form: the dtype that codes are stored as (default: %(default)s)",
+    )
+
+
 def positive_int(text: str) -> int:
     """An integer of at least 1."""
     value = int(text)

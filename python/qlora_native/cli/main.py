@@ -1,4 +1,4 @@
-"""Entry point: `qlora-native demo | train | info`."""
+"""Entry point: `qlora-native demo | train | convert | info`."""
 
 import argparse
 import sys
@@ -31,7 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-native", description="QLoRA, natively: fine-tune on a 4-bit base."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|train|info")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo|train|convert|info"
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -50,6 +52,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     arguments.add_train_arguments(train)
     train.set_defaults(run=run_train)
+
+    convert = commands.add_parser(
+        "convert",
+        help="turn a 4-bit checkpoint into one of bitsandbytes', or the other way round",
+        description="Write a 4-bit checkpoint in the other form, bitsandbytes' or this library's. "
+        "Codes and scales are the same in both: nothing is quantised and nothing is lost.",
+    )
+    arguments.add_convert_arguments(convert)
+    convert.set_defaults(run=run_convert)
 
     info = commands.add_parser("info", help="what this build has, and what it uses here")
     info.set_defaults(run=run_info)
@@ -92,6 +103,15 @@ def run_train(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise _explain_import(error) from error
     train.run(args)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """The sub-command `convert`."""
+    try:
+        from qlora_native.cli import convert
+    except ImportError as error:
+        raise _explain_import(error) from error
+    convert.run(args)
 
 
 def _explain_import(error: ImportError) -> Exception:

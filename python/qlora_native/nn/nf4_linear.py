@@ -1,5 +1,6 @@
 """NF4Linear: a linear layer whose frozen weight is stored in 4 bits."""
 
+import copy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from qlora_native.ops.storage import (
 )
 
 # The parameter that each stored tensor of the weight is, in the order of NF4Tensors.
-_WEIGHT_PARAMETERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
+WEIGHT_PARAMETERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
 
 
 class NF4Linear(nn.Module):
@@ -131,6 +132,55 @@ class NF4Linear(nn.Module):
         """The dense weight `[out_features, in_features]` in `dtype`, into `out` where given."""
         return nf4_dequantize(self.nf4_weight, dtype, out)
 
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters, by name, in which this layer would store a dense weight.
+
+        Args:
+            weight: `[out_features, in_features]`; the layer is left as it is.
+
+        Raises:
+            ValueError: another shape or dtype, or a NaN or Inf.
+        """
+        self._check_dense_shape(weight, self.weight_shape)
+        return by_parameter(nf4_quantize(weight, self.block_size, self.double_quant).tensors)
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype, weight: Tensor | None = None) -> nn.Module:
+        """The dense layer that this one stands for, in `dtype` and frozen.
+
+        Args:
+            dtype: of the weight and the bias.
+            weight: `[out_features, in_features]`, in place of the dequantised one: a merged one.
+
+        Returns:
+            An nn.Linear; the layers of GPT-2 (`qlora_native.hf`) give transformers' Conv1D.
+        """
+        if weight is None:
+            weight = self.dequantize(dtype)
+        self._check_dense_shape(weight, self.weight_shape)
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        return self._fill_dense(dense, weight.to(dtype), dtype)
+
+    def requantized(self, weight: Tensor) -> "NF4Linear":
+        """The same layer with another weight `[out_features, in_features]`, quantised alike."""
+        self._check_dense_shape(weight, self.weight_shape)
+        layer = copy.copy(self)
+        layer._parameters = dict(self._parameters)
+        layer._set_weight(nf4_quantize(weight, self.block_size, self.double_quant).tensors)
+        return layer
+
+    def _fill_dense(self, dense: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+        dense.weight = _frozen(weight)
+        dense.bias = None if self.bias is None else _frozen(self.bias.to(dtype, copy=True))
+        return dense.train(self.training)
+
+    def _check_dense_shape(self, weight: Tensor, shape: torch.Size) -> None:
+        if weight.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}: the dense weight is {list(weight.shape)}, want "
+                f"{list(shape)}"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """x[..., in_features] -> y[..., out_features], in x's dtype or, if on, autocast's."""
         dtype = self.compute_dtype_for(x)
@@ -170,7 +220,7 @@ class NF4Linear(nn.Module):
         )
 
     def _set_weight(self, tensors: NF4Tensors) -> None:
-        for name, tensor in zip(_WEIGHT_PARAMETERS, tensors[:4], strict=True):
+        for name, tensor in zip(WEIGHT_PARAMETERS, tensors[:4], strict=True):
             self.register_parameter(name, None if tensor is None else _frozen(tensor))
 
     def _load_from_state_dict(
@@ -184,7 +234,7 @@ class NF4Linear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Refuse a weight that is not bytes: copying would turn floats into codes in silence."""
-        for name in _WEIGHT_PARAMETERS:
+        for name in WEIGHT_PARAMETERS:
             tensor = state_dict.get(prefix + name)
             if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8:
                 error_msgs.append(
@@ -195,6 +245,12 @@ class NF4Linear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def by_parameter(tensors: NF4Tensors) -> dict[str, Tensor]:
+    """The stored tensors by the names that an NF4Linear gives them."""
+    named = zip(WEIGHT_PARAMETERS, tensors[:4], strict=True)
+    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -25,7 +25,7 @@ def test_no_command_is_an_error(capsys):
     with pytest.raises(SystemExit) as error:
         main([])
     assert error.value.code == 2
-    assert "demo|train|info" in capsys.readouterr().err
+    assert "demo|train|convert|info" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["demo", "train"])

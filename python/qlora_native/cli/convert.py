@@ -1,0 +1,31 @@
+"""`qlora-native convert`: a 4-bit checkpoint in the other form."""
+
+import argparse
+
+import torch
+
+from qlora_native.cli.errors import CommandError
+from qlora_native.cli.training import progress_bar
+from qlora_native.hf.bitsandbytes.convert import convert_checkpoint
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole of the command."""
+    try:
+        with progress_bar(0, "converting", unit="layer") as bar:
+
+            def show(_: int, total: int, name: str) -> None:
+                bar.total = total
+                bar.set_postfix_str(name, refresh=False)
+                bar.update()
+
+            form = convert_checkpoint(
+                args.source,
+                args.destination,
+                args.to,
+                quant_storage=getattr(torch, args.quant_storage),
+                progress=show,
+            )
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise CommandError(str(error)) from error
+    print(f"{args.destination} has the checkpoint in the form {form!r}")

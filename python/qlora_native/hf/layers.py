@@ -1,0 +1,138 @@
+"""Which layers of a transformers model become 4-bit, and what takes their places."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_native.hf.config import NF4Config
+from qlora_native.hf.conv1d import NF4Conv1D
+from qlora_native.nn import NF4Linear
+from qlora_native.nn.model import modules_with_names, name_matches, replace_module
+
+_LARGE = 2**20  # elements from which a matrix that is no layer's is worth a warning
+
+
+def put_nf4_layers(
+    model: Any, config: NF4Config, is_wanted: Callable[[str], bool]
+) -> dict[str, nn.Module]:
+    """Replace the layers whose names are wanted by empty 4-bit ones on the meta device.
+
+    Args:
+        model: a PreTrainedModel on the meta device.
+        config: the layers' settings.
+        is_wanted: given a layer's name, whether it is to be 4-bit.
+
+    Returns:
+        The new layers by name; a layer that has several names is there with the first.
+    """
+    placed = {}
+    for layer, names in modules_with_names(model, is_quantizable).items():
+        if any(is_wanted(name) for name in names):
+            placed[names[0]] = empty_nf4_layer(layer, config)
+            replace_module(model, names, placed[names[0]])
+    return placed
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether there is a 4-bit layer for it. A subclass may compute something else: it is left."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def empty_nf4_layer(layer: Any, config: NF4Config) -> nn.Module:
+    """The 4-bit layer for `layer`, on the meta device; a bias has the dtype that it had."""
+    is_conv1d = isinstance(layer, Conv1D)
+    k, n = layer.weight.shape if is_conv1d else reversed(layer.weight.shape)
+    nf4 = (NF4Conv1D if is_conv1d else NF4Linear)(
+        k,
+        n,
+        bias=layer.bias is not None,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        compute_dtype=config.compute_dtype,
+        device="meta",
+    )
+    if layer.bias is not None:
+        nf4.bias = nn.Parameter(layer.bias.to("meta"), requires_grad=False)
+    return nf4.train(layer.training)
+
+
+def is_named(name: str, entries: Iterable[str]) -> bool:
+    """Whether one of `entries` is `name` or a run of whole parts of it."""
+    return any(name_matches(name, entry) for entry in entries)
+
+
+def default_skip(model: Any) -> set[str]:
+    """The output head, what is tied to another weight, and the layer at the model's end.
+
+    That last one is the head of a classifier, say, which the checkpoint of a language model does
+    not have: it starts at random and is trained.
+    """
+    names = tied_modules(model)
+    head = model.get_output_embeddings()
+    names |= {name for name, module in model.named_modules() if module is head}
+    last = [name for name, _ in model.named_parameters()][-1]
+    return names | {last.rpartition(".")[0]}
+
+
+def tied_modules(model: Any) -> set[str]:
+    """Modules whose weight is another module's as well, by name."""
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {key.rpartition(".")[0] for key in (*keys.keys(), *keys.values())}
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    return tied.union(*(names for names in owners.values() if len(names) > 1))
+
+
+def kept_in_fp32(model: Any) -> set[str]:
+    """Modules that transformers keeps in fp32 where the model is not: T5's `wo`, for one."""
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {name for names in lists for name in getattr(model, names, None) or ()}
+
+
+def check_skip(model: Any, skip: Iterable[str]) -> None:
+    """Raise ValueError for an entry that matches no module, or a tied layer that none matches."""
+    skip = list(skip)
+    names = [name for name, _ in model.named_modules()]
+    for entry in skip:
+        if entry != "lm_head" and not any(name_matches(name, entry) for name in names):
+            raise ValueError(f"NF4Config: skip has {entry!r}, which matches no module")
+    for name in sorted(tied_modules(model)):
+        if is_quantizable(model.get_submodule(name)) and not is_named(name, skip):
+            raise ValueError(
+                f"NF4Config: skip does not have {name!r}, whose weight is tied to another; "
+                "quantising it would untie them"
+            )
+
+
+def warn_of_dense_weights(model: Any, skip: Iterable[str]) -> None:
+    """Name the large weights that stay dense without having been asked to: experts, for one."""
+    left: Mapping[str, Any] = {
+        f"{name}.{parameter_name}".lstrip("."): parameter
+        for name, module in model.named_modules()
+        if not _stays_as_it_is(module) and not is_named(name, skip)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_floating_point()
+        and (parameter.dim() >= 3 or (parameter.dim() == 2 and _is_large(module, parameter)))
+    }
+    if left:
+        size = sum(parameter.nbytes for parameter in left.values())
+        warnings.warn(
+            f"NF4Config leaves {size:,} bytes of weights dense for which it has no 4-bit layer: "
+            + ", ".join(left),
+            stacklevel=2,
+        )
+
+
+def _is_large(module: nn.Module, parameter: torch.Tensor) -> bool:
+    return isinstance(module, nn.Linear) or parameter.numel() >= _LARGE
+
+
+def _stays_as_it_is(module: nn.Module) -> bool:
+    convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    return is_quantizable(module) or isinstance(module, nn.Embedding | NF4Linear | convolutions)
