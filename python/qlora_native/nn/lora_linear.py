@@ -137,6 +137,11 @@ class LoRALinear(HeldMerge, RoutedLayer):
         """The names of the adapters."""
         return self.adapters.keys()
 
+    def check_unmerged(self, operation: str) -> None:
+        """Raise ValueError if the layer holds a merged weight: a change would have no effect."""
+        if self.holds_merged:
+            raise ValueError(f"{operation}: adapters are merged; call unmerge_lora first")
+
     # ---- the one adapter, where there is one
 
     def _only_adapter(self) -> LoRAAdapter:

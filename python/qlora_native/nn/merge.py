@@ -22,6 +22,7 @@ from qlora_native.nn.merge_report import LayerMerge, MergeReport, check_finite, 
 from qlora_native.nn.model import check_not_root, modules_with_names, replace_module
 from qlora_native.nn.nf4_linear import NF4Linear
 from qlora_native.nn.routing import BASE, check_names
+from qlora_native.nn.wrapping import check_not_distributed
 
 _Layers: TypeAlias = Mapping[LoRALinear, list[str]]
 _Undo: TypeAlias = list[Callable[[], None]]
@@ -68,6 +69,7 @@ def merge_lora(
             a layer is offloaded; an argument is wrong. Whatever goes wrong, the model is then as it
             was; to that end the replaced layers are kept until all is done.
     """
+    check_not_distributed("merge_lora", model)
     _check_arguments(dtype, into, reversible)
     if hasattr(model, "peft_config") and hasattr(model, "base_model"):
         return _merge_peft_model(model, dtype, names, into, reversible, batch)

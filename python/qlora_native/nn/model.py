@@ -11,6 +11,7 @@ from torch import nn
 from qlora_native.nn.lora_linear import LoRALinear
 from qlora_native.nn.nf4_experts import NF4Experts, is_experts
 from qlora_native.nn.nf4_linear import NF4Linear
+from qlora_native.nn.wrapping import check_not_distributed, plain_name
 
 Progress = Callable[[int, int, str], None]
 
@@ -47,6 +48,7 @@ def quantize_model(
             weight is shared with another module (quantising it would untie them), or a weight has a
             NaN or Inf (the layers before it are quantised).
     """
+    check_not_distributed("quantize_model", model)
     if isinstance(skip, str):
         raise ValueError(f"quantize_model: skip is {skip!r}, want a list of names")
     names = [name for name, _ in model.named_modules()]
@@ -199,7 +201,9 @@ def replace_module(model: nn.Module, names: Iterable[str], new: nn.Module) -> No
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Every LoRALinear with its name."""
+    """Every LoRALinear with its name, as it was before parts of the model were wrapped."""
     return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        (plain_name(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
     )
