@@ -7,21 +7,23 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraVariant
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from qlora_native.hf.conv1d import NF4Conv1D
 from qlora_native.hf.peft.dora_variant import NF4Dora
 from qlora_native.hf.peft.lora_settings import check_settings
+from qlora_native.hf.peft.merging_layer import MergingLayer
 from qlora_native.nn import NF4Linear
-from qlora_native.nn.held_merge import HeldMerge, held_forward
+from qlora_native.nn.held_merge import held_forward
 from qlora_native.nn.lora_forward import dora_forward, draw_seed, lora_forward
+from qlora_native.nn.nf4_linear import parameter_of
 from qlora_native.nn.routing import RoutedLayer, Routing, groups_of_batch
 from qlora_native.ops.dora import row_norms_squared
 from qlora_native.ops.lora import LoRAFactors
 from qlora_native.ops.lora_groups import LoRAGroup
 
 
-class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
+class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
     """y = base(x) + Σ scaling · (dropout(x) · Aᵀ) · Bᵀ over the active adapters, or DoRA.
 
     PEFT builds it for each NF4Linear that a LoraConfig targets, and sees one of its own layers: the
@@ -35,9 +37,6 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
     `set_lora`, which trains several at once; the later call holds, but for `adapter_names`, which
     is for one call.
 
-    Merging dequantises the base and adds to that: nothing is quantised again. The dense weight
-    lives beside the NF4 one until `unmerge`, which therefore restores the exact bits.
-
     Raises ValueError or NotImplementedError for settings that are wrong or not right on NF4.
     """
 
@@ -50,18 +49,22 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
         lora_alpha: int = 1,
         **kwargs: Any,
     ) -> None:
-        if config.fan_in_fan_out:
+        _check_fusible(base_layer)
+        is_conv1d = isinstance(base_layer, NF4Conv1D)
+        if config.fan_in_fan_out != is_conv1d:
             warnings.warn(
-                "fan_in_fan_out is set to True but an NF4Linear's weight is [out_features, "
-                "in_features]. Setting fan_in_fan_out to False.",
+                f"fan_in_fan_out is {config.fan_in_fan_out} but the target module is "
+                f"{type(base_layer).__name__}. Setting fan_in_fan_out to {is_conv1d}.",
                 stacklevel=2,
             )
-            config.fan_in_fan_out = False
+            config.fan_in_fan_out = is_conv1d
         self.routing = Routing()
         self.merged_adapters: list[str] = []
         self.merge_dtype = torch.float32  # of a merged weight; PEFT's merge calls have no such word
         self._weight_norms: Tensor | None = None
+        self._active_names = ""
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
+        self.fan_in_fan_out = False  # a 4-bit weight is never transposed
         self.register_load_state_dict_post_hook(NF4LoraLinear._forget_weight_norms)
 
     # ---- what PEFT asks while it builds adapters
@@ -112,6 +115,8 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Let these adapters act, all of them for all rows, whatever `set_lora` has said before."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        # What the routing says while PEFT's active adapters act; no adapter has such a name.
+        self._active_names = f"__active__: {', '.join(self.active_adapters)}"
         self.routing.change(self._active_names)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -123,11 +128,6 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
     def lora_names(self) -> Collection[str]:
         """The names of the adapters."""
         return self.lora_A.keys()
-
-    @property
-    def _active_names(self) -> str:
-        """What the routing says while PEFT's active adapters act; no adapter has such a name."""
-        return f"__active__: {', '.join(self.active_adapters)}"
 
     # ---- forward
 
@@ -143,15 +143,16 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
             alora_offsets: PEFT's, for activated LoRA; no adapter of this layer is one.
         """
         self.routing.check_recomputation()
-        self._check_forward_args(x, adapter_names=adapter_names)
-        base = self.base_layer
-        if self.disable_adapters:
+        if adapter_names is not None:
+            self._check_forward_args(x, adapter_names=adapter_names)
+        base = self._modules["base_layer"]
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return base(x)
         names = self.routing.names
         by_peft = names == self._active_names
-        if self.merged:
+        if self.merged_adapters:
             if not by_peft:
                 raise ValueError(
                     f"NF4LoraLinear: set_lora has put {names!r} in force, but the adapters "
@@ -160,44 +161,46 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
             y = held_forward(base, x, self.held_weight)
             return self._add_lora_bias(y, self.merged_adapters)
         if adapter_names is not None:
-            return self._forward_of_batch(x, adapter_names)
+            return self._forward_of_batch(base, x, adapter_names)
         if by_peft:
-            return self._forward_of_all(x, self.active_adapters)
+            return self._forward_of_all(base, x, self.active_adapters)
         if isinstance(names, tuple):
-            return self._forward_of_batch(x, names)
-        return self._forward_of_all(x, () if names is None else (names,))
+            return self._forward_of_batch(base, x, names)
+        return self._forward_of_all(base, x, () if names is None else (names,))
 
-    def _forward_of_all(self, x: Tensor, names: Sequence[str]) -> Tensor:
+    def _forward_of_all(self, base: NF4Linear, x: Tensor, names: Sequence[str]) -> Tensor:
         """All rows with the sum of all adapters of these names."""
-        base = self.base_layer
-        names = [name for name in names if name in self.lora_A]
-        self._check_fusible(names)
-        doras = [name for name in names if name in self.lora_variant]
-        if doras and len(names) > 1:
-            raise NotImplementedError(
-                f"NF4LoraLinear: the adapters {names} are active and of them {doras} are DoRA, "
-                "which is right on its own alone; set one adapter active"
-            )
+        existing = self._modules["lora_A"]._modules
+        names = [name for name in names if name in existing]
+        if not names:
+            return base(x)
+        _check_fusible(base)
         factors = [self._factors(name, x) for name in names]
-        if doras:
+        if doras := [name for name in names if name in self.lora_variant]:
+            if len(names) > 1:
+                raise NotImplementedError(
+                    f"NF4LoraLinear: the adapters {names} are active and of them {doras} are DoRA, "
+                    "which is right on its own alone; set one adapter active"
+                )
             magnitude = self.lora_magnitude_vector[doras[0]].weight
             return dora_forward(base, x, factors[0], magnitude, self.weight_norms_squared)
         rows = x.shape[:-1].numel()
         y = lora_forward(base, x, [LoRAGroup(0, rows, each) for each in factors])
         return self._add_lora_bias(y, names)
 
-    def _forward_of_batch(self, x: Tensor, names: Sequence[str]) -> Tensor:
+    def _forward_of_batch(self, base: NF4Linear, x: Tensor, names: Sequence[str]) -> Tensor:
         """Each element of the batch with the adapter of its name."""
         found = [name for name in dict.fromkeys(names) if name in self.lora_A]
-        self._check_fusible(found)
+        if found:
+            _check_fusible(base)
         if doras := [name for name in found if name in self.lora_variant]:
             raise NotImplementedError(
                 f"NF4LoraLinear: the adapters {doras} are DoRA, which is not there for a batch of "
                 "several adapters; put the one adapter in force for all rows"
             )
         factors = {name: self._factors(name, x) for name in found}
-        y = lora_forward(self.base_layer, x, groups_of_batch(names, x, factors))
-        biases = {name: bias for name in found if (bias := self._bias_update(name)) is not None}
+        y = lora_forward(base, x, groups_of_batch(names, x, factors))
+        biases = {name: bias for name in found if (bias := self.bias_update(name)) is not None}
         if biases:
             nothing = torch.zeros_like(next(iter(biases.values())))
             rows = torch.stack([biases.get(name, nothing) for name in names])
@@ -205,33 +208,21 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
         return y
 
     def _factors(self, name: str, x: Tensor) -> LoRAFactors:
-        lora_b, scaling = self.lora_B[name].weight, self.scaling[name]
+        modules = self._modules  # an attribute that is a module costs half a microsecond
+        lora_a = parameter_of(modules["lora_A"]._modules[name], "weight")
+        lora_b = parameter_of(modules["lora_B"]._modules[name], "weight")
+        scaling = self.scaling[name]
         if isinstance(scaling, Tensor):  # PEFT's, for a compiled model whose adapter is swapped
             lora_b, scaling = lora_b * scaling, 1.0
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return LoRAFactors(self.lora_A[name].weight, lora_b, draw_seed(x, p), scaling, p)
-
-    def _bias_update(self, name: str) -> Tensor | None:
-        """What an adapter with lora_bias adds to each row."""
-        bias = self.lora_B[name].bias
-        return None if bias is None else bias * self.scaling[name]
+        dropout = modules["lora_dropout"]._modules[name]
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return LoRAFactors(lora_a, lora_b, draw_seed(x, p), scaling, p)
 
     def _add_lora_bias(self, y: Tensor, names: Sequence[str]) -> Tensor:
         for name in names:
-            if (bias := self._bias_update(name)) is not None:
-                y = y + bias.to(y.dtype)
+            bias = self.bias_update(name) if self.lora_bias[name] else None
+            y = y if bias is None else y + bias.to(y.dtype)
         return y
-
-    def _check_fusible(self, names: Sequence[str]) -> None:
-        """Refuse hooks that would have to run inside of the one node."""
-        base = self.base_layer
-        if names and (base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)):
-            raise NotImplementedError(
-                "NF4LoraLinear: the NF4Linear inside has forward hooks, as accelerate's for "
-                "offloaded layers, which the fused layer would pass over. Register hooks on the "
-                "LoRA layer, and load the model without offloading"
-            )
 
     # ---- DoRA
 
@@ -253,83 +244,13 @@ class NF4LoraLinear(RoutedLayer, HeldMerge, Linear):
         self._forget_weight_norms()
         return super()._apply(fn, recurse)
 
-    # ---- merging
 
-    @torch.no_grad()
-    def merged_weight(self, names: str | Sequence[str]) -> Tensor:
-        """The weight of base and adapters together, fp32 `[out_features, in_features]`.
-
-        W + scaling · B · A for each adapter, one after another; one that is DoRA then scales the
-        rows of the sum by magnitude / ‖W + scaling · B · A‖, where W is the base's alone. Names
-        that this layer has not change nothing.
-        """
-        base = self.base_layer.dequantize(torch.float32)
-        weight = base.clone()
-        for name in [names] if isinstance(names, str) else names:
-            if name not in self.lora_A:
-                continue
-            update = self.weight_update(name)
-            weight += update
-            if name in self.lora_variant:
-                norms = torch.linalg.vector_norm(base + update, dim=1)
-                magnitude = self.lora_magnitude_vector[name].weight.float()
-                weight *= (magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None]
-        return weight
-
-    def weight_update(self, name: str) -> Tensor:
-        """Scaling · B · A of an adapter, fp32 `[out_features, in_features]`."""
-        lora_a, lora_b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()
-        return lora_b @ lora_a * self.scaling[name]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Compute with a dense weight that adapters are merged into, until `unmerge`.
-
-        Args:
-            safe_merge: raise ValueError, and change nothing, where the result is not finite.
-            adapter_names: which; None: the active ones. Those that are merged already stay so.
-        """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.lora_A]
-        if not names:
-            return
-        merged = [*self.merged_adapters, *names]
-        weight = self.merged_weight(merged)
-        if safe_merge:
-            parts = [weight, *(self._bias_update(name) for name in merged)]
-            if not all(part is None or torch.isfinite(part).all() for part in parts):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapters {merged} seem to be broken"
-                )
-        self.release_merged()
-        self.hold_merged(weight, self.merge_dtype)
-        self.merged_adapters = merged
-
-    def unmerge(self) -> None:
-        """Compute with the NF4 base and the adapters again; the base was never touched."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.release_merged()
-        self.merged_adapters = []
-
-    @torch.no_grad()
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """What takes this layer's place: the base, or a dense layer where adapters are merged."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        base = self.base_layer
-        if not self.merged:
-            return base
-        dense = base.to_dense(self.merge_dtype, self.held_weight)
-        for name in self.merged_adapters:
-            if (bias := self._bias_update(name)) is None:
-                continue
-            if dense.bias is None:
-                raise RuntimeError(
-                    f"adapter {name!r} has lora_bias=True and the base layer has no bias to merge "
-                    "that into"
-                )
-            dense.bias += bias.to(dense.bias.dtype)
-        return dense
+def _check_fusible(base: NF4Linear) -> None:
+    """Refuse hooks that would have to run inside of the one node."""
+    hooks = base._forward_hooks or base._forward_pre_hooks
+    if hooks or base._backward_hooks or base._backward_pre_hooks or "forward" in vars(base):
+        raise NotImplementedError(
+            "NF4LoraLinear: the NF4Linear inside has hooks, as accelerate's for offloaded layers, "
+            "which the fused layer would pass over. Register hooks on the LoRA layer, and load the "
+            "model without offloading"
+        )

@@ -322,6 +322,23 @@ def test_unload_gives_the_nf4_model_back():
     assert not any(isinstance(m, NF4Linear) for m in unloaded.modules())
 
 
+def test_a_mixed_model_merges_and_unloads_too():
+    ours, theirs = (get_peft_model(model, lora(), mixed=True) for model in twins())
+    torch.manual_seed(0)
+    state = {k: torch.randn_like(v) / 8 for k, v in theirs.state_dict().items() if "lora_" in k}
+    for model in (ours, theirs):
+        model.load_state_dict(state, strict=False)
+    assert_same_model(ours, theirs, tokens())
+    merged = [model.merge_and_unload() for model in (ours, theirs)]
+    assert not any(isinstance(m, NF4Linear) for m in merged[0].modules())
+    assert_near(*(logits(model, tokens()) for model in merged))
+
+    nf4, _ = twins()
+    wanted = logits(nf4, tokens())
+    unloaded = get_peft_model(nf4, lora(), mixed=True).unload()
+    assert torch.equal(logits(unloaded, tokens()), wanted)
+
+
 def test_a_merged_model_follows_casts_and_saves_its_adapter(tmp_path):
     model = with_adapter(twins()[0], lora())
     wanted = logits(model, tokens())
