@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from qlora_native.hf.layers import (
     is_named,
     is_offloaded,
     kept_in_fp32,
+    move_hook,
     nf4_layers,
     put_nf4_layers,
     warn_of_dense_weights,
 )
+from qlora_native.hf.streamed_experts import StreamedExperts
 from qlora_native.nn import LoRALinear, NF4Experts, NF4Linear
 from qlora_native.nn.model import replace_module
 
@@ -48,7 +50,7 @@ class NF4HfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.problems: dict[str, str] = {}  # by parameter
-        self._conversions: Any = None
+        self.dense_conversions: Any = None
         self._model: weakref.ref[nn.Module] | None = None
         self._expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
 
@@ -114,13 +116,21 @@ class NF4HfQuantizer(HfQuantizer):
         """The operation that the loader runs on each weight of a dense checkpoint."""
         return NF4Quantize(self)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Where the loader would stack the dense experts of a layer, quantise them one by one."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args)
+        if self.pre_quantized:
+            return conversions
+        return [StreamedExperts.in_place_of(conversion) for conversion in conversions]
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[None, dict[str, str]]:
         """Nothing is changed for saving; what `from_pretrained` would not load is said.
 
         With LoRALinear layers that is a warning, for Trainer's checkpoints are saved so, and it
         resumes from them by the names in them.
         """
-        native = _names_of(model, lambda module: isinstance(module, LoRALinear))
+        adapters = adapter_layers(model)
+        native = [n for n in adapters if isinstance(model.get_submodule(n), LoRALinear)]
         if native:
             warnings.warn(
                 f"save_pretrained: {native[0]} and {len(native) - 1} more layers have an adapter: "
@@ -128,7 +138,7 @@ class NF4HfQuantizer(HfQuantizer):
                 "not; save_lora writes the adapter on its own",
                 stacklevel=3,
             )
-        others = _names_of(model, lambda module: hasattr(module, "base_layer"))
+        others = [name for name in adapters if name not in native]
         if others and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"save_pretrained: {others[0]} and {len(others) - 1} more layers have an "
@@ -150,12 +160,14 @@ class NF4HfQuantizer(HfQuantizer):
             check_skip(model, config.skip)
         if not self.pre_quantized or file_layers is None:
             layers = put_nf4_layers(
-                model, config, lambda name: name not in dense and not is_named(name, entries)
+                model,
+                config,
+                lambda names: not any(name in dense or is_named(name, entries) for name in names),
             )
             warn_of_dense_weights(model, entries)
         else:
-            names = _with_prefix_and_without(file_layers, model.base_model_prefix)
-            layers = put_nf4_layers(model, config, names.__contains__)
+            stored = _with_prefix_and_without(file_layers, model.base_model_prefix)
+            layers = put_nf4_layers(model, config, lambda names: not stored.isdisjoint(names))
         if not layers:
             raise ValueError(
                 f"NF4Config: {type(model).__name__} has no layer to hold in 4 bits"
@@ -187,7 +199,7 @@ class NF4HfQuantizer(HfQuantizer):
         self._model = weakref.ref(model)
         # transformers saves under the names of the checkpoint that it read, and takes apart what it
         # put together: the codes of experts, say, without their scales.
-        self._conversions = getattr(model, "_weight_conversions", None)
+        self.dense_conversions = getattr(model, "_weight_conversions", None)
         model._weight_conversions = []
 
     def attach(self, model: Any) -> None:
@@ -240,10 +252,12 @@ class NF4HfQuantizer(HfQuantizer):
             )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # after a save it is
         dtype = dtype or model.dtype
+        is_trained = not adapter_layers(model)  # beside an adapter the base stays frozen
         while layers:
             layer, names = layers.popitem()
-            replace_module(model, names, layer.to_dense(dtype).requires_grad_(True))
-        model._weight_conversions = self._conversions
+            dense = layer.to_dense(dtype).requires_grad_(is_trained)
+            move_hook(layer, dense)
+            replace_module(model, names, dense)
         return model if dtype == model.dtype else model.to(dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -289,8 +303,13 @@ class NF4Quantize(ConversionOps):
         return converted
 
 
-def _names_of(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> list[str]:
-    return [name for name, module in model.named_modules() if is_wanted(module)]
+def adapter_layers(model: nn.Module) -> list[str]:
+    """The names of layers with an adapter: native ones, and PEFT's."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
+    ]
 
 
 def _is_cuda(device: Any) -> bool:

@@ -23,6 +23,8 @@ def dense_dtype(model: nn.Module) -> torch.dtype:
     if sizes:
         return sizes.most_common(1)[0][0]
     configured = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(configured, str):  # as it is once the model was saved
+        configured = getattr(torch, configured, None)
     return configured if configured in FLOAT_DTYPES else torch.float32
 
 
@@ -70,12 +72,18 @@ def check_dtype(operation: str, dtype: torch.dtype | None) -> torch.dtype | None
 
 
 def check_materialised(operation: str, name: str, layer: nn.Module) -> None:
-    """Raise ValueError if the layer's weight is somewhere else than in memory."""
-    if any(parameter.is_meta for parameter in layer.parameters()):
-        raise ValueError(
-            f"{operation}: {name} has parameters on the meta device, as offloaded layers have; "
-            "load the model without offloading"
-        )
+    """Raise ValueError if the layer's weights are not all here: offloaded, or sharded."""
+    for parameter in layer.parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{operation}: {name} has parameters on the meta device, as offloaded layers have; "
+                "load the model without offloading"
+            )
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(
+                f"{operation}: {name} is sharded over processes; save the adapter, and merge it in "
+                "one process"
+            )
 
 
 def replacement(old: nn.Module, new: nn.Module) -> nn.Module:

@@ -103,8 +103,8 @@ def merge_lora(
             others = _dequantize_others(model, model_dtype, undo)
         if batch is not None and before is not None:
             outputs = compare_outputs(model, batch, before, logits_on(model, batch))
-    if into == "dense" and not reversible:
-        _forget_quantization(model)
+    if not reversible:
+        _tell_transformers(model, is_dense=into == "dense")
     report = MergeReport(
         into="NF4" if into == "nf4" else str(model_dtype).removeprefix("torch."),
         base="the weights that the updates were trained beside",
@@ -297,11 +297,14 @@ def _undone_on_error() -> Iterator[_Undo]:
 # ---- after
 
 
-def _forget_quantization(model: nn.Module) -> None:
-    if any("hf_quantizer" in vars(module) for module in model.modules()):
-        from qlora_native.hf.dense import forget_quantization
+def _tell_transformers(model: nn.Module, is_dense: bool) -> None:
+    """Where it is a model of transformers, its config and flags say what it is now."""
+    if any(hasattr(getattr(module, "config", None), "to_dict") for module in model.modules()):
+        from qlora_native.hf.dense import forget_quantization, note_untied_head
 
-        forget_quantization(model)
+        note_untied_head(model)
+        if is_dense:
+            forget_quantization(model)
 
 
 def _warn_of_loss(report: MergeReport) -> None:

@@ -144,7 +144,7 @@ _SHOWN = 10
 def _lines(report: MergeReport) -> list[str]:
     count = len(report.layers)
     lines = [
-        f"Merged {count} layer{'s' * (count != 1)} into {report.into}; the base is {report.base}."
+        f"Merged {count} layer{'s' * (count != 1)} into {report.into}, added to {report.base}."
     ]
     if report.dequantized:
         lines.append(f"{len(report.dequantized)} more 4-bit layers without an update became dense.")

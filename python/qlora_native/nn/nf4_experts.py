@@ -1,5 +1,6 @@
 """NF4Experts: the experts of a mixture, whose frozen weights are stored in 4 bits."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ class NF4Experts(nn.Module):
         block_size: as in NF4Linear.
         double_quant: as in NF4Linear.
         compute_dtype: as in NF4Linear.
-        device: where the weights are; they are uninitialised.
+        device: where the weights are.
+
+    New weights are zero; `from_experts` and `load_state_dict` fill them.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class NF4Experts(nn.Module):
         for name in projections(experts):
             shape = getattr(experts, name).shape[1:]
             self.weight_shapes[name] = torch.Size(shape[::-1] if self.is_transposed else shape)
-            self._set_weight(name, self._empty(name, device))
+            self._set_zero(name, device)
         for name, parameter in experts.named_parameters(recurse=False):
             if name not in self.weight_shapes:
                 self.register_parameter(name, parameter.requires_grad_(False))
@@ -123,43 +126,53 @@ class NF4Experts(nn.Module):
 
     def tensors(self, name: str, e: int) -> NF4Tensors:
         """The weight `name` of expert e as the operations take it; views of the parameters."""
-        codes, absmax, nested_absmax, nested_offset = (
-            None if parameter is None else parameter[e] for parameter in self._weight(name)
-        )
-        n, k = self.weight_shapes[name]
-        return NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, self.block_size)
+        return self._of_one(name, e, self._weight(name))
 
-    def quantize(self, weight: Tensor, name: str) -> dict[str, Tensor]:
+    def quantize(self, weight: Iterable[Tensor], name: str) -> dict[str, Tensor]:
         """The parameters, by name, in which this layer would store a dense weight.
 
         Args:
-            weight: as the dense module has it: `[experts, n, k]`, or `[experts, k, n]` where that
-                is transposed. The layer is left as it is.
+            weight: as the dense module has it, `[experts, n, k]`, or `[experts, k, n]` where that
+                is transposed; or its experts one by one. The layer is left as it is.
             name: of the weight, `"down_proj"` for one.
 
         Raises:
             ValueError: another shape or dtype, or a NaN or Inf.
         """
-        if weight.shape != self._dense_shape(name):
-            raise ValueError(
-                f"{type(self).__name__}: the dense {name} is {list(weight.shape)}, want "
-                f"{list(self._dense_shape(name))}"
-            )
-        stored = self._empty(name, weight.device)
+        stored: list[Tensor | None] = []
+        e = -1
         for e, dense in enumerate(weight):
-            dense = dense.T.contiguous() if self.is_transposed else dense
-            try:
-                tensors = ops.quantize(dense, self.block_size, self.double_quant)
-            except ValueError as error:
-                raise ValueError(f"{name}[{e}]: {error}") from error
-            for part, tensor in zip(stored, tensors[:4], strict=True):
-                if part is not None:
-                    part[e] = tensor
+            if not stored:
+                stored = self._empty(name, dense.device)
+            self._quantize_one(dense, name, e, stored)
+            del dense
+        if e + 1 != self.num_experts:
+            raise ValueError(f"NF4Experts: {name} has {e + 1} experts, want {self.num_experts}")
         return {
             name + suffix: part
             for suffix, part in zip(_SUFFIXES, stored, strict=True)
             if part is not None
         }
+
+    def _quantize_one(self, dense: Tensor, name: str, e: int, stored: list[Tensor | None]) -> None:
+        shape = self._dense_shape(name)[1:]
+        if dense.shape != shape or e >= self.num_experts:
+            raise ValueError(
+                f"NF4Experts: the dense {name}[{e}] is {list(dense.shape)}, want {list(shape)} of "
+                f"{self.num_experts} experts"
+            )
+        dense = dense.T.contiguous() if self.is_transposed else dense
+        try:
+            ops.quantize(dense, self.block_size, self.double_quant, self._of_one(name, e, stored))
+        except ValueError as error:
+            raise ValueError(f"{name}[{e}]: {error}") from error
+
+    def _of_one(self, name: str, e: int, parts: Sequence[Tensor | None]) -> NF4Tensors:
+        codes, absmax, nested_absmax, nested_offset = (
+            None if part is None else part[e] for part in parts
+        )
+        n, k = self.weight_shapes[name]
+        return NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, self.block_size)
 
     def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `name` of all experts in `dtype`, in the dense module's shape."""
@@ -217,7 +230,9 @@ class NF4Experts(nn.Module):
         n, k = self.weight_shapes[name]
         one = empty_nf4_tensors(n, k, self.block_size, self.double_quant, "meta")
         return [
-            None if part is None else part.new_empty(self.num_experts, *part.shape, device=device)
+            None
+            if part is None
+            else torch.empty(self.num_experts, *part.shape, dtype=torch.uint8, device=device)
             for part in one[:4]
         ]
 
@@ -227,10 +242,10 @@ class NF4Experts(nn.Module):
     def _weight(self, name: str) -> list[Tensor | None]:
         return [parameter_of(self, name + suffix) for suffix in _SUFFIXES]
 
-    def _set_weight(self, name: str, parts: list[Tensor | None]) -> None:
-        for suffix, part in zip(_SUFFIXES, parts, strict=True):
-            parameter = None if part is None else nn.Parameter(part, requires_grad=False)
-            self.register_parameter(name + suffix, parameter)
+    def _set_zero(self, name: str, device: torch.device | str | None) -> None:
+        for suffix, part in zip(_SUFFIXES, self._empty(name, device), strict=True):
+            zero = None if part is None else nn.Parameter(part.zero_(), requires_grad=False)
+            self.register_parameter(name + suffix, zero)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any

@@ -91,3 +91,36 @@ def refusal_of_bytes() -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+class CheckpointedModel(nn.Module):
+    """A model whose blocks are computed again in backward."""
+
+    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.use_reentrant = use_reentrant
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        x = self.model.embed(tokens)
+        if self.use_reentrant:
+            x.requires_grad_()  # or the first block would have no gradient
+        for block in self.model.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.model.lm_head(x)
+
+
+def train_on_all_batches(
+    model: nn.Module,
+    batches: Iterable[list[Tensor]],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """What ranks do with a batch each, in one process: a step for the mean of the gradients."""
+    optimizer = optimizer_of(model) if optimizer is None else optimizer
+    for of_ranks in batches:
+        for tokens in of_ranks:
+            (loss_of(model(tokens)) / len(of_ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()

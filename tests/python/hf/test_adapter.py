@@ -382,6 +382,14 @@ def test_a_save_that_fails_leaves_the_older_adapter(quantized, tmp_path, monkeyp
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_merged_model_is_not_loaded_into(quantized, tmp_path):
+    save_lora(randomize_lora_b(add_lora(quantized, r=4)), tmp_path)
+    merge_lora(quantized, reversible=True)
+    for name in ("default", "other"):
+        with pytest.raises(ValueError, match="load_lora: adapters are merged; call unmerge_lora"):
+            load_lora(quantized, tmp_path, name)
+
+
 def test_unknown_settings_are_named(quantized, tmp_path):
     save_lora(add_lora(copy.deepcopy(quantized), r=2), tmp_path)
     path = tmp_path / "adapter_config.json"

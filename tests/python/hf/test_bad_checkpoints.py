@@ -85,6 +85,25 @@ def test_an_expert_with_a_nan_is_named(tmp_path):
         saved(model, tmp_path)
 
 
+def test_an_expert_that_is_missing_is_named(tmp_path):
+    hf_models.tiny_mixtral().save_pretrained(tmp_path)
+    edit(
+        tmp_path, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.2.w2.weight")
+    )
+    with pytest.raises(ValueError, match=re.escape(EXPERTS)) as error:
+        in_4_bits(tmp_path)
+    assert "the checkpoint has {'.experts.*.w2.weight': 3}, want 4 of each" in str(error.value)
+    assert str(error.value).count("\n") == 1
+
+
+def test_an_expert_of_another_shape_is_named(tmp_path):
+    hf_models.tiny_mixtral().save_pretrained(tmp_path)
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    edit(tmp_path, lambda tensors: tensors.update({name: torch.zeros(64, 64)}))
+    with pytest.raises(ValueError, match=re.escape("down_proj[2] is [64, 64], want [64, 128]")):
+        in_4_bits(tmp_path)
+
+
 def test_a_dtype_that_has_no_4_bit_form_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"q_proj.weight: nf4_quantize: w is torch.float64, want"):
         saved(hf_models.tiny_llama(torch.float64), tmp_path)

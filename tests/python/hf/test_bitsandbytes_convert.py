@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_native import NF4Linear
 from qlora_native.hf import NF4Config
-from qlora_native.hf.bitsandbytes.convert import convert_checkpoint
+from qlora_native.hf.bitsandbytes import convert_checkpoint
 from qlora_native.hf.checkpoint_folder import CheckpointFolder
 from support import over_nesting, same_bits
 

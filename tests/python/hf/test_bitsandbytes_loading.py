@@ -113,6 +113,18 @@ def test_logits_are_those_of_the_dequantised_model(checkpoint):
     )
 
 
+def test_layers_that_are_offloaded_to_the_disk(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    tokens = torch.arange(24).view(2, 12)
+    expected = load(folder)(tokens).logits
+    devices = dict.fromkeys(["embed_tokens", "layers.0", "norm", "rotary_emb"], "cpu")
+    devices = {f"model.{name}": device for name, device in devices.items()}
+    devices |= {"model.layers.1": "disk", "lm_head": "cpu"}
+    offloaded = load(folder, device_map=devices, offload_folder=tmp_path / "disk")
+    assert offloaded.model.layers[1].mlp.up_proj.weight.is_meta
+    assert torch.equal(offloaded(tokens).logits, expected)
+
+
 def test_a_gpt2_whose_layers_are_transposed(tmp_path):
     model = tiny_gpt2()
     expected = save_with_bitsandbytes(model, tmp_path / "a")
@@ -221,7 +233,8 @@ def test_a_setting_that_the_checkpoint_contradicts_is_warned_of(checkpoint, sett
 def test_it_is_saved_as_one_of_ours_and_has_no_trace_of_bitsandbytes(checkpoint, tmp_path):
     folder, expected = checkpoint
     loaded = load(folder)
-    assert type(loaded.hf_quantizer) is NF4HfQuantizer
+    assert isinstance(loaded.hf_quantizer, NF4HfQuantizer)
+    assert loaded.hf_quantizer.get_weight_conversions() == []  # as for an adapter
     assert loaded.quantization_method == NF4Config().quant_method
     loaded.save_pretrained(tmp_path / "ours")
     assert "bitsandbytes" not in (tmp_path / "ours" / "config.json").read_text()
@@ -231,12 +244,15 @@ def test_it_is_saved_as_one_of_ours_and_has_no_trace_of_bitsandbytes(checkpoint,
         assert same_bits(again.get_parameter(name).data, parameter.data)
 
 
-def test_it_dequantises(checkpoint):
+def test_it_dequantises_to_a_model_that_is_saved_as_any_other(checkpoint, tmp_path):
     folder, expected = checkpoint
     dense = load(folder).dequantize()
+    assert not hasattr(dense.config, "quantization_config")
+    dense.save_pretrained(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     for name, weight in expected.items():
         assert same_bits(dense.get_submodule(name).weight.data, weight)
-    assert not hasattr(dense.config, "quantization_config")
+        assert same_bits(again.get_submodule(name).weight.data, weight)
 
 
 # ---- with and without bitsandbytes

@@ -281,7 +281,7 @@ def test_the_report_has_what_was_lost_and_how_far_the_base_is_from_the_trained_o
     assert "block 64, nested scales" in report.notes[0]
     assert f"up to {worst:.2g} times the norm" in report.notes[0]
     assert "base/‖ΔW‖" in str(report)
-    assert f"the base is the checkpoint {base}" in str(report)
+    assert f"into bfloat16, added to the checkpoint {base}." in str(report)
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["layers"][0][
         "base_change_norm"
     ]

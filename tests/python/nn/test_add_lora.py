@@ -13,6 +13,7 @@ from qlora_native import (
     print_trainable_parameters,
     quantize_model,
     set_lora,
+    unmerge_lora,
 )
 from support import NAMES, Model, nf4_layer, same_bits, state_bits
 
@@ -31,9 +32,9 @@ def lora_names(model: nn.Module) -> list[str]:
 
 
 def randomise_b(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            nn.init.normal_(module.lora_b)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -214,6 +215,23 @@ def test_a_layer_with_several_adapters_has_no_factors_of_its_own():
     for name in ("lora_a", "lora_b", "magnitude", "r", "lora_alpha", "lora_dropout", "scaling"):
         with pytest.raises(ValueError, match=r"has the adapters \['a', 'b'\]; ask layer.adapters"):
             getattr(layer, name)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [(set_lora, ["a"]), (set_lora, [None]), (add_lora, []), (delete_lora, ["b"])],
+)
+def test_adapters_stay_as_they_are_while_they_are_merged(operation, arguments):
+    model = make_model_with_two()
+    set_lora(model, "a")
+    randomise_b(model)
+    before = model(TOKENS)
+    merge_lora(model, reversible=True)
+    merged = model(TOKENS)
+    with pytest.raises(ValueError, match=f"{operation.__name__}: adapters are merged; call unmer"):
+        operation(model, *arguments)
+    assert same_bits(model(TOKENS), merged)
+    assert same_bits(unmerge_lora(model)(TOKENS), before)
 
 
 # ---- delete_lora

@@ -9,14 +9,14 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -57,10 +57,9 @@ class BitsAndBytesLoader(NF4HfQuantizer):
     library's, and is saved as one.
     """
 
-    serialized_names: ClassVar[dict[str, list[str]]] = {WEIGHT: list(NESTED_PARTS)}
-
     def __init__(self, quantization_config: BitsAndBytesCheckpoint, **kwargs: Any) -> None:
         self._stored, self._given = quantization_config.stored, quantization_config.given
+        self._is_loading = True
         self._layers: set[str] = set()
         self._dtype_plan: dict[str, torch.dtype] = {}
         # The size of the blocks is not in config.json, but in the files.
@@ -68,9 +67,11 @@ class BitsAndBytesLoader(NF4HfQuantizer):
         if self._given is not None and self._given.compute_dtype is not None:
             self.quantization_config.compute_dtype = self._given.compute_dtype
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """The operation that the loader runs on the tensors of each weight."""
-        return {"deserialize": ReadWeight}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """What the loader does with the tensors of each weight; nothing once the model is there."""
+        # The longest name first: transformers takes the first that a tensor's begins with.
+        parts = sorted(NESTED_PARTS, key=len, reverse=True)
+        return [WeightConverter(parts, WEIGHT, [ReadWeight(self)])] if self._is_loading else []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
@@ -108,15 +109,14 @@ class BitsAndBytesLoader(NF4HfQuantizer):
         return model.get_parameter_or_buffer(name).dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self._check_loaded(model)
         # For saving, transformers would turn the operation round, and for an adapter run it again.
+        self._is_loading = False
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
             if not any(isinstance(op, ReadWeight) for op in getattr(conversion, "operations", ()))
         ]
-        NF4HfQuantizer(self.quantization_config, pre_quantized=True).attach(model)
-        return model
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
 
 class ReadWeight(ConversionOps):

@@ -22,18 +22,16 @@ RELATIVE = 20 * 96 * 2.0**-24
 
 
 def tiny_llama(bias: bool = False, **settings) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=bias,
-        mlp_bias=bias,
-        pad_token_id=0,
-        **settings,
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    config = LlamaConfig(attention_bias=bias, mlp_bias=bias, **{**sizes, **settings})
     torch.manual_seed(7)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():

@@ -152,6 +152,11 @@ def test_unknown_targets_are_told_what_there_is():
     assert_untouched(model, before)
 
 
+def test_one_unknown_target_among_others_is_warned_of():
+    with pytest.warns(UserWarning, match="'query', which match no module.*down_proj, gate_proj"):
+        with_adapter(twins()[0], lora(target_modules=["q_proj", "query"]))
+
+
 @pytest.mark.parametrize("names", [["up_proj"], ["mlp"], ["lm_head", "layers.0.self_attn.q_proj"]])
 def test_a_4_bit_layer_in_modules_to_save(names):
     model, _ = twins()
@@ -181,17 +186,7 @@ def test_a_4_bit_weight_in_target_parameters():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_adapter_for_another_base_lists_the_shapes(tmp_path, whole):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    with_adapter(quantize_model(LlamaForCausalLM(config)), lora()).save_pretrained(tmp_path)
+    with_adapter(quantize_model(tiny_llama(hidden_size=128)), lora()).save_pretrained(tmp_path)
     model, _ = twins()
     if not whole:
         model = with_adapter(model, lora())
@@ -202,6 +197,16 @@ def test_an_adapter_for_another_base_lists_the_shapes(tmp_path, whole):
     assert_untouched(model, before)
     if not whole:
         assert list(model.peft_config) == ["default"]
+
+
+def test_an_adapter_for_a_base_with_more_layers_names_what_does_not_fit(tmp_path):
+    deeper = quantize_model(tiny_llama(num_hidden_layers=3))
+    with_adapter(deeper, lora(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model, _ = twins()
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=r"2 tensors .*layers\.2\.self_attn\.q_proj\.lora_A"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert_untouched(model, before)
 
 
 def test_a_models_own_add_adapter_and_load_adapter_leave_it_as_it_was(tmp_path):
