@@ -10,6 +10,7 @@ import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tuner_cases import (
     CALL,
     TARGETS,
@@ -112,6 +113,25 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     assert_close(logits(adapted(model, "IA3", None)), logits(adapted(dense_twin(), "IA3", None)))
 
 
+LOADS = {
+    "peft": PeftModel.from_pretrained,
+    "transformers": lambda model, folder: model.load_adapter(str(folder)),
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(load, tmp_path):
+    adapted(nf4_model(), "IA3", None).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.repeat(2, 2) for name, tensor in load_file(file).items()}, file)
+    model = nf4_model()
+    before = layout(model)
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+        load(model, tmp_path)
+    assert layout(model) == before
+    assert same_bits(logits(model), logits(nf4_model()))
+
+
 def test_modules_to_save_cannot_be_four_bit():
     model = nf4_model()
     before = layout(model)
@@ -125,17 +145,19 @@ def test_modules_to_save_cannot_be_four_bit():
 
 def test_a_merge_that_fails_changes_nothing():
     model = adapted(nf4_model(), "LOHA", None)
-    with torch.no_grad():
-        model.base_model.model.model.layers[1].mlp.down_proj.hada_w1_a["default"].fill_(torch.inf)
-    before = layout(model)
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_adapter(safe_merge=True)
-    assert layout(model) == before
+    model.add_adapter("broken", peft.LoHaConfig(r=4, target_modules=TARGETS))
     layer = model.base_model.model.model.layers[1].mlp.down_proj
-    with pytest.raises(ValueError, match="NaNs detected"):
-        layer.merge(safe_merge=True)
-    assert not layer.merged
-    assert layout(model) == before
+    with torch.no_grad():
+        layer.hada_w1_a["broken"].fill_(torch.inf)
+    before = layout(model)
+    for names in (["broken"], ["default", "broken"]):
+        with pytest.raises(ValueError, match="NaNs detected"):
+            model.merge_adapter(names, safe_merge=True)
+        assert layout(model) == before
+        with pytest.raises(ValueError, match="NaNs detected"):
+            layer.merge(safe_merge=True, adapter_names=names)
+        assert layout(model) == before
+        assert not layer.merged
 
 
 # ---- several adapters, several tuners
