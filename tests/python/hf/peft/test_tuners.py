@@ -7,10 +7,13 @@ import warnings
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tuner_cases import (
     CALL,
     TARGETS,
@@ -393,6 +396,31 @@ def test_through_transformers():
     assert same_bits(logits(ours), logits(nf4_model()))
     ours.enable_adapters()
     assert same_bits(logits(ours), adapted_logits)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of one process: what FSDP2 does to parameters it does there too."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("name", ["IA3", "HIRA"])  # which reads base weights
+def test_under_fsdp2(name):
+    model, expected = adapted(nf4_model(), name, None), adapted(nf4_model(), name, None)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):
+        assert same_bits(trained_step(model, name), trained_step(expected, name))
+    parameters = dict(model.named_parameters())
+    for key, parameter in expected.named_parameters():
+        assert same_bits(parameters[key].full_tensor(), parameter), key
+        if parameter.grad is not None:
+            assert same_bits(parameters[key].grad.full_tensor(), parameter.grad), key
 
 
 # ---- copies
