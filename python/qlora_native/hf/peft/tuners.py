@@ -193,7 +193,8 @@ def _checking(create: Function, name: str) -> Function:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        is_nf4 = isinstance(_base_of(target), NF4Linear)
+        base = _base_of(target)
+        is_nf4 = isinstance(base, NF4Linear)
         if is_nf4 and name not in ON_NF4 | BY_LORA:
             raise NotImplementedError(
                 f"PEFT's {name} (peft {peft.__version__}) is not known to be right on an "
@@ -204,6 +205,12 @@ def _checking(create: Function, name: str) -> Function:
             raise NotImplementedError(
                 f"PEFT's {name} would be put on the LoRA of {target_name}, an NF4Linear, which is "
                 "not there; give the two different target_modules"
+            )
+        if is_nf4 and name in ON_NF4 and not isinstance(base, NF4AsLinear):
+            raise NotImplementedError(
+                f"PEFT's {name} is there for NF4Linear itself, and {target_name} is an "
+                f"{type(base).__name__}, which stands for another layer than an nn.Linear; LoRA is "
+                "there for both"
             )
         create(config, adapter_name, target, target_name, parent, *args, **kwargs)
         if is_nf4 and not isinstance(getattr(parent, target_name), BaseTunerLayer):

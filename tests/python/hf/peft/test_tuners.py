@@ -75,6 +75,20 @@ def test_an_unknown_tuner_may_have_the_dense_layers(monkeypatch):
     assert isinstance(model.base_model.model.lm_head, BaseTunerLayer)
 
 
+def test_a_layer_that_stands_for_another_than_linear_is_refused():
+    """A Conv1D of GPT-2, whose weight is the other way round once it is dense."""
+
+    class NF4Conv1D(NF4Linear):
+        pass
+
+    model = nf4_model()
+    model.model.layers[0].self_attn.q_proj.__class__ = NF4Conv1D
+    before = layout(model)
+    with pytest.raises(NotImplementedError, match="IA3.*q_proj is an NF4Conv1D"):
+        get_peft_model(model, make_config("IA3", None))
+    assert layout(model) == before
+
+
 def test_a_tuner_that_leaves_a_layer_out_is_found_out(monkeypatch):
     monkeypatch.setattr("peft.tuners.osf.model.dispatch_default", lambda *_, **__: None)
     model = nf4_model()
