@@ -84,7 +84,7 @@ def test_a_layer_that_stands_for_another_than_linear_is_refused():
     model = nf4_model()
     model.model.layers[0].self_attn.q_proj.__class__ = NF4Conv1D
     before = layout(model)
-    with pytest.raises(NotImplementedError, match="IA3.*q_proj is an NF4Conv1D"):
+    with pytest.raises(NotImplementedError, match=r"IA3.*q_proj is an NF4Conv1D"):
         get_peft_model(model, make_config("IA3", None))
     assert layout(model) == before
 
