@@ -56,6 +56,7 @@ GOALS = (
     Goal("forward, fp32 activations", (64, 256, 1024), (FP32,), 0.97),
     Goal("LoRA forward + backward", (512,), ("PEFT on bitsandbytes",), 1.3),
     Goal("LoRA forward + backward", (512,), ("bare bf16 products",), 1 / 1.1),
+    Goal("LoRA through PEFT, forward + backward", (512,), ("PEFT on bitsandbytes",), 1.3),
     Goal("AdamW 32-bit", (), ("torch fused",), 1.0),
     Goal("AdamW 32-bit", (), (BNB,), 12),
     Goal("AdamW 8-bit", (), ("torch fused, 32-bit",), 1.3),

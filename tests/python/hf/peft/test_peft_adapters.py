@@ -73,6 +73,19 @@ def test_deleting_an_adapter_leaves_the_other():
     assert not any("default" in name for name in ours.state_dict())
 
 
+def test_deleting_an_adapter_that_set_lora_has_put_in_force_gives_peft_s_active_one():
+    model, _ = two_adapters()
+    add_adapter(model, "third", lora(r=2))
+    default = logits(model, tokens())
+    set_lora(model, "third")
+    third = logits(model, tokens())
+    model.delete_adapter("other")
+    assert torch.equal(logits(model, tokens()), third)
+    with model.disable_adapter():
+        model.delete_adapter("third")
+    assert torch.equal(logits(model, tokens()), default)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -119,6 +132,11 @@ def test_the_later_of_set_lora_and_set_adapter_holds():
     with model.disable_adapter():
         pass
     assert torch.equal(logits(model, tokens()), other)  # switching off and on ends nothing
+    with model.disable_adapter():
+        set_lora(model, "default")
+        model.disable_adapter_layers()  # again
+    assert torch.equal(logits(model, tokens()), default)  # nor is what is said meanwhile lost
+    set_lora(model, "other")
     add_adapter(model, "third", lora())
     assert torch.equal(logits(model, tokens()), other)  # nor does another adapter
     model.set_adapter("default")
@@ -133,6 +151,22 @@ def test_an_adapter_switched_between_forward_and_recomputation_is_noticed():
     model.set_adapter("other")
     with pytest.raises(RuntimeError, match="another routing"):
         loss.backward()
+
+
+def test_adapters_disabled_at_the_recomputation_are_noticed():
+    model, _ = two_adapters()
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    with model.disable_adapter():
+        logits(model, tokens())  # as for a reference model: nothing is recomputed
+        with pytest.raises(RuntimeError, match="another routing"):
+            loss.backward()
+    model.zero_grad()
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    with model.disable_adapter():
+        logits(model, tokens())
+    loss.backward()
 
 
 # ---- hot-swap
