@@ -63,6 +63,7 @@ GOALS = (
     Goal("AdamW 8-bit", (), (BNB,), 40),
     Goal("call overhead, forward", (), (MICROSECONDS,), 15),
     Goal("call overhead, forward + backward", (), (MICROSECONDS,), 75),
+    Goal("from_pretrained, dense checkpoint", (), (BNB,), 5),
     Goal("training step", (), ("bitsandbytes + PEFT",), 1.35),
     Goal("training step", (), ("bf16 + PEFT",), 1.0),
 )

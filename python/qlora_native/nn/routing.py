@@ -1,13 +1,16 @@
 """Which adapter does which rows: `set_lora`, and what a layer remembers of it."""
 
+import inspect
 import math
+import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_native.ops.lora import LoRAFactors
 from qlora_native.ops.lora_groups import LoRAGroup
@@ -34,8 +37,9 @@ def set_lora(model: nn.Module, names: str | Sequence[str] | None) -> None:
             elements raises ValueError); or None for the base alone.
 
     Raises:
-        ValueError: the model has no LoRA layer, or none of its layers has an adapter of a name (the
-            message lists those that exist). What was in force stays so.
+        ValueError: the model has no LoRA layer, none of its layers has an adapter of a name (the
+            message lists those that exist), or an adapter is merged (`merge_lora` with
+            `reversible`). What was in force stays so.
 
     Checkpointing computes a forward again inside its backward. If another routing is in force then
     than was at the forward, the layer raises RuntimeError: see `Routing.check_recomputation`.
@@ -46,7 +50,10 @@ def set_lora(model: nn.Module, names: str | Sequence[str] | None) -> None:
     wanted: Names = names if names is None or isinstance(names, str) else tuple(names)
     check_names("set_lora", wanted, {name for layer in layers for name in layer.lora_names()})
     for layer in layers:
-        layer.routing.change(None if wanted == BASE else wanted)
+        layer.check_unmerged("set_lora")
+    moment = _Moment.now()
+    for layer in layers:
+        layer.routing.change(None if wanted == BASE else wanted, moment)
 
 
 def check_names(operation: str, names: Names, existing: Collection[str]) -> None:
@@ -55,7 +62,12 @@ def check_names(operation: str, names: Names, existing: Collection[str]) -> None
     for name in each:
         if not isinstance(name, str):
             raise ValueError(f"{operation}: a name is {name!r}, want a string")
-    if unknown := sorted(set(each) - {BASE} - set(existing)):
+    check_exist(operation, set(each) - {BASE}, existing)
+
+
+def check_exist(operation: str, names: Collection[str], existing: Collection[str]) -> None:
+    """Raise ValueError unless there is an adapter of each name."""
+    if unknown := sorted(set(names) - set(existing)):
         raise ValueError(
             f"{operation}: there is no adapter {', '.join(map(repr, unknown))}; there are: "
             + (", ".join(map(repr, sorted(existing))) or "none")
@@ -75,10 +87,35 @@ class RoutedLayer:
         """The names of the adapters that this layer has."""
         raise NotImplementedError
 
+    def check_unmerged(self, operation: str) -> None:
+        """Raise ValueError if a merged weight does all, whatever the adapters are."""
+
 
 def routed_layers(model: nn.Module) -> Iterator[RoutedLayer]:
     """Every layer of `model` that `set_lora` speaks to."""
     return (module for module in model.modules() if isinstance(module, RoutedLayer))
+
+
+class _Moment(NamedTuple):
+    """When a call of `set_lora` was."""
+
+    next_node: int  # the number that the next node of autograd's graph gets
+    node_in_backward: int | None  # the number of the node that backward is at, if it is running
+    in_checkpoint: bool  # a non-reentrant checkpoint's function was running, in its forward
+
+    @classmethod
+    def now(cls) -> "_Moment":
+        return cls(
+            torch.autograd._get_sequence_nr(), _number_of_node_in_backward(), _is_in_checkpoint()
+        )
+
+
+class _Period(NamedTuple):
+    """What was in force for nodes with numbers below `end`."""
+
+    end: int
+    names: Names
+    began_in_checkpoint: bool
 
 
 class Routing:
@@ -90,10 +127,10 @@ class Routing:
 
     def __init__(self, names: Names = None) -> None:
         self.names = names
-        # (number of the first node made after it, names), oldest first.
-        self._past: deque[tuple[int, Names]] = deque(maxlen=_REMEMBERED_CHANGES)
-        self._forgot_changes = False
+        self._began_in_checkpoint = False
         self._changed_in_node: int | None = None
+        self._past: deque[_Period] = deque(maxlen=_REMEMBERED_CHANGES)  # oldest first
+        self._forgot_changes = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Routing":
         """A copy has no graph yet, so nothing was ever otherwise."""
@@ -102,14 +139,16 @@ class Routing:
     def __reduce__(self) -> tuple[type["Routing"], tuple[Names]]:
         return Routing, (self.names,)
 
-    def change(self, names: Names) -> None:
-        """Put `names` in force."""
-        self._changed_in_node = _number_of_node_in_backward()
-        if names == self.names:
+    def change(self, names: Names, moment: _Moment | None = None) -> None:
+        """Put `names` in force, now or at a moment just taken."""
+        moment = _Moment.now() if moment is None else moment
+        self._changed_in_node = moment.node_in_backward
+        if names == self.names and moment.in_checkpoint >= self._began_in_checkpoint:
             return
         self._forgot_changes |= len(self._past) == _REMEMBERED_CHANGES
-        self._past.append((torch.autograd._get_sequence_nr(), self.names))
+        self._past.append(_Period(moment.next_node, self.names, self._began_in_checkpoint))
         self.names = names
+        self._began_in_checkpoint = moment.in_checkpoint
 
     def check_recomputation(self) -> None:
         """Raise RuntimeError if a forward is computed again under another routing than its own.
@@ -128,18 +167,27 @@ class Routing:
         node = _number_of_node_in_backward()
         if node is None or node == self._changed_in_node:
             return
-        if self._forgot_changes and node < self._past[0][0]:
+        if self._forgot_changes and node < self._past[0].end:
             raise RuntimeError(
                 f"set_lora was called with other names more than {_REMEMBERED_CHANGES} times "
                 "between a forward and its backward under gradient checkpointing: what was in "
                 "force at the forward is no longer known"
             )
-        then = next((names for end, names in self._past if node < end), self.names)
-        if then != self.names:
+        now = _Period(node + 1, self.names, self._began_in_checkpoint)
+        then = next((period for period in self._past if node < period.end), now)
+        if then.began_in_checkpoint:
+            # The node may be of what ran after that set_lora, and this layer of what ran before.
+            raise RuntimeError(
+                "gradient checkpointing computes a forward again, and what was in force at it is "
+                f"not known: set_lora put {then.names!r} in force inside a checkpointed function, "
+                "after a layer of it had run or without setting it back after the checkpoint. "
+                "Call set_lora first in the function, and again after the checkpoint"
+            )
+        if then.names != self.names:
             raise RuntimeError(
                 "gradient checkpointing computes a forward again under another routing: set_lora "
-                f"had put {then!r} in force at the forward, now it is {self.names!r}. Call "
-                f"set_lora(model, {then!r}) before backward"
+                f"had put {then.names!r} in force at the forward, now it is {self.names!r}. Call "
+                f"set_lora(model, {then.names!r}) before backward"
             )
 
 
@@ -149,6 +197,20 @@ def _number_of_node_in_backward() -> int | None:
         return None
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
+
+
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
+
+
+def _is_in_checkpoint() -> bool:
+    """Whether the function of a non-reentrant checkpoint is running, in its forward.
+
+    (The reentrant kind's forward runs without gradients, and its node is made before.)
+    """
+    frame = sys._getframe() if torch.is_grad_enabled() else None
+    while frame is not None and frame.f_code is not _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
 
 
 def groups_of_batch(

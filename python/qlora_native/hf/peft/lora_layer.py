@@ -25,6 +25,7 @@ from qlora_native.nn.routing import (
     groups_of_batch,
     rows_of_each_element,
 )
+from qlora_native.nn.wrapping import check_not_distributed
 from qlora_native.ops.dora import row_norms_squared
 from qlora_native.ops.lora import LoRAFactors
 from qlora_native.ops.lora_groups import LoRAGroup
@@ -96,6 +97,7 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
     ) -> None:
         """Add an adapter; see `check_settings` for what is refused."""
         layer = kwargs.get("target_name") or "NF4LoraLinear"
+        check_not_distributed("add_adapter", self.base_layer)
         check_settings(f"adapter {adapter_name!r}: {layer}", self.base_layer, r, lora_alpha, config)
         names = self.routing.names
         has_adapters = bool(self.lora_A)
