@@ -17,6 +17,7 @@ from peft_models import (
     lora,
     peft_twins,
     quietly,
+    stretch_magnitudes,
     tokens,
     twins,
     with_adapter,
@@ -226,6 +227,7 @@ def test_hotswap_of_other_ranks_and_scalings_never_recompiles(tmp_path):
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_is_peft_s_on_the_dense_twin_and_unmerge_restores_all_bits(use_dora, safe_merge):
     ours, theirs = peft_twins(lora(use_dora=use_dora), bias=True)
+    stretch_magnitudes(ours, theirs)
     before, bits = logits(ours, tokens()), base_bits(ours)
     for model in (ours, theirs):
         model.merge_adapter(safe_merge=safe_merge)
@@ -315,6 +317,7 @@ def test_merge_and_unload_leaves_a_dense_model_that_loads_in_transformers(tmp_pa
     nf4, dense = nf4.bfloat16(), dense.bfloat16()
     config = lora(target_modules=["q_proj", "up_proj"], use_dora=use_dora)
     ours, theirs = (with_adapter(model, config) for model in (nf4, dense))
+    stretch_magnitudes(ours, theirs)
     wanted = {
         name: layer.merged_weight(["default"]).bfloat16()
         for name, layer in ours.base_model.model.named_modules()
