@@ -56,7 +56,7 @@ TEST_F(LoRAGroupsValidation, RowsBeforeXAreRefused) {
 }
 TEST_F(LoRAGroupsValidation, RowsThatEndBeforeTheyBeginAreRefused) {
   groups[1].begin = 7;
-  expect_error("group 1 has rows 7 to 6");
+  expect_error("group 1 has rows 7 to 6, want 0 <= begin <= end <= 6, the rows of x");
 }
 TEST_F(LoRAGroupsValidation, AnAdapterThatIsNotThereIsRefused) {
   groups[1].adapter = 2;

@@ -19,7 +19,7 @@ struct Case {
   std::vector<Group> groups;
 };
 
-constexpr std::int64_t m = 70, n = 130, k = 1040;
+constexpr std::int64_t m = 70, n = 33, k = 530;
 
 // Groups of one row and of many, around the kernels' blocks; rows in no group; empty groups.
 const std::vector<Case> cases = {
@@ -128,7 +128,7 @@ TEST_P(CpuLoRAGroups, ForwardIsThatOfEachGroupInTurn) {
                    {});
       t.data = t.as<std::uint8_t>() + t.numel() * element_bytes(dtype);
     }
-    for (const int num_threads : {1, 2, 3, 7}) {
+    for (const int num_threads : {1, 3}) {
       Tensors actual(which, dtype, factor_dtype);
       const auto adapters = actual.adapters();
       const auto groups = actual.groups(which);
@@ -189,7 +189,7 @@ TEST_P(CpuLoRAGroups, BackwardIsThatOfEachGroupInTurn) {
       add(sums_a[adapter], grad_a);
       add(sums_b[adapter], grad_b);
     }
-    for (const int num_threads : {1, 2, 3, 7}) {
+    for (const int num_threads : {1, 3}) {
       Tensors actual(which, dtype, factor_dtype);
       const auto adapters = actual.adapters();
       const auto groups = actual.groups(which);
