@@ -153,12 +153,21 @@ def _forward(
         t = x.new_empty(_t_count(plan, pairs[::2]))
         run_core(_core.lora_forward_grouped, x, stored, seeds, *plan, t, y, *execution(x))
         return y, t
+    return y, _add_updates(x, y, plan, pairs, seeds)
+
+
+def _add_updates(
+    x: Tensor, y: Tensor, plan: _Groups, pairs: Sequence[Tensor], seeds: Sequence[Tensor]
+) -> Tensor:
+    """The core's lora_forward_grouped by a call for each group; returns t."""
     x_rows, y_rows = rows_of(x), rows_of(y)
     parts = []
-    for _, (begin, end, update) in _unlisted(plan, pairs, seeds):
-        x_group = dropped(x_rows[begin:end], update)
-        parts.append(add_update(x_group, y_rows[begin:end], update).view(-1))
-    return y, torch.cat(parts) if parts else x.new_empty(0)
+    for _, (begin, end, factors) in _unlisted(plan, pairs, seeds):
+        if begin == end:
+            continue
+        x_group, y_group = (rows.narrow(0, begin, end - begin) for rows in (x_rows, y_rows))
+        parts.append(add_update(dropped(x_group, factors), y_group, factors).view(-1))
+    return torch.cat(parts) if parts else x.new_empty(0)
 
 
 def _t_count(plan: _Groups, lora_a: Sequence[Tensor]) -> int:
@@ -188,27 +197,42 @@ def _backward(
         arguments = dy, x, t, stored, seeds, *plan, found, dx, *execution(x)
         run_core(_core.lora_backward_grouped, *arguments)
         return dx, found
-    x_rows, dy_rows = rows_of(x), rows_of(dy)
+    return dx, _update_gradients(dy, x, t, dx, plan, pairs, seeds)
+
+
+def _update_gradients(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    dx: Tensor | None,
+    plan: _Groups,
+    pairs: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+) -> list[Tensor]:
+    """The core's lora_backward_grouped by a call for each group; adds to dx."""
     # In fp32, so that a pair's sum over its groups is rounded once.
-    gradients: list[Tensor | None] = [None] * len(pairs)
+    sums: list[Tensor | None] = [None] * len(pairs)
     taken = 0
     for adapter, (begin, end, factors) in _unlisted(plan, pairs, seeds):
+        if begin == end:
+            continue
+        factors = factors._replace(lora_a=factors.lora_a.float(), lora_b=factors.lora_b.float())
         r = factors.lora_a.shape[0]
-        count = (end - begin) * r
-        t_group = t[taken : taken + count].view(end - begin, r)
-        taken += count
-        dx_group = None if dx is None else rows_of(dx)[begin:end]
-        has_mask = factors.seed is not None and dx_group is not None
-        dx_lora = torch.zeros_like(x_rows[begin:end]) if has_mask else dx_group
-        x_group = dropped(x_rows[begin:end], factors)
-        in_fp32 = factors._replace(lora_a=factors.lora_a.float(), lora_b=factors.lora_b.float())
-        parts = add_update_gradients(dy_rows[begin:end], x_group, t_group, in_fp32, dx_lora)
+        x_group, dy_group = (rows_of(rows).narrow(0, begin, end - begin) for rows in (x, dy))
+        t_group = t.narrow(0, taken, (end - begin) * r).view(end - begin, r)
+        taken += t_group.numel()
+        dx_group = None if dx is None else rows_of(dx).narrow(0, begin, end - begin)
+        dx_lora = dx_group
+        if dx_group is not None and factors.seed is not None:
+            dx_lora = torch.zeros_like(dx_group)  # passes the mask before it is added
+        x_group = dropped(x_group, factors)
+        parts = add_update_gradients(dy_group, x_group, t_group, factors, dx_lora)
         for i, part in enumerate(parts, start=2 * adapter):
-            before = gradients[i]
-            gradients[i] = part if before is None else before.add_(part)
-        if dx_group is not None and dx_lora is not None and has_mask:
+            before = sums[i]
+            sums[i] = part if before is None else before.add_(part)
+        if dx_group is not None and dx_lora is not None and dx_lora is not dx_group:
             dx_group.add_(dropped(dx_lora, factors, out=dx_lora))
-    return dx, _in_dtypes(gradients, pairs)
+    return _in_dtypes(sums, pairs)
 
 
 def _in_dtypes(gradients: Sequence[Tensor | None], factors: Sequence[Tensor]) -> list[Tensor]:
