@@ -104,8 +104,15 @@ class NF4AsLinear(NF4Linear, nn.Linear):
     dense_dtype: torch.dtype
 
     @property
-    def weight(self) -> DequantizedWeight:
-        """The dense weight in `dense_dtype`, which is the dtype of a dense layer of the model."""
+    def weight(self) -> Tensor:
+        """The dense weight in `dense_dtype`, which is the dtype of a dense layer of the model.
+
+        While FSDP2 has it sharded, it is FSDP2's own parameter: that asks for it by this name, and
+        a DTensor does not mix with the plain tensors of a tuner that would compute with it.
+        """
+        codes: Tensor = parameter_of(self, "weight")
+        if hasattr(codes, "to_local"):
+            return codes
         return DequantizedWeight(self.nf4_weight, self.dense_dtype)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -124,7 +131,7 @@ class NF4AsLinear(NF4Linear, nn.Linear):
 
     def _check_codes(self, name: str, value: Tensor | None) -> None:
         if name == "weight" and (value is None or value.dtype != torch.uint8):
-            raise _read_only("replaced", self.weight)
+            raise _read_only("replaced", DequantizedWeight(self.nf4_weight, self.dense_dtype))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NF4AsLinear":
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype

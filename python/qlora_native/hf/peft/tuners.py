@@ -25,7 +25,6 @@ from qlora_native.hf.peft.patching import Function, wrap
 from qlora_native.hf.peft.tuner_merging import MergesIntoDense, on_nf4
 from qlora_native.nn import NF4Linear
 from qlora_native.nn.dense import dense_dtype
-from qlora_native.nn.model import replace_module
 
 # Tested against the same tuner on the dequantised weights (tests/python/hf/peft/test_all_tuners).
 ON_NF4 = frozenset(
@@ -77,8 +76,8 @@ def install() -> None:
     wrap(BaseTuner, "__init__", ("model", "peft_config", "adapter_name"), _constructs)
     wrap(BaseTuner, "inject_adapter", ("model", "adapter_name"), _injects)
     unloading = ("merge", "safe_merge", "adapter_names")
-    wrap(BaseTuner, "_unload_and_optionally_merge", unloading, _unloads)
-    wrap(MixedModel, "_unload_and_optionally_merge", unloading, _unloads_mixed)
+    for tuner in (BaseTuner, MixedModel):
+        wrap(tuner, "_unload_and_optionally_merge", unloading, _unloads)
     wrap(XLoraModel, "_check_merge_allowed", (), _refuses_to_merge)
     wrap(BaseTunerLayer, "_get_base_layer_device_and_dtype", ("base_layer",), _knows_dtype)
     wrap(AdaptionPromptModel, "_create_adapted_attentions", ("config", "parents"), _asks_dtype)
@@ -119,28 +118,6 @@ def _injects(original: Function) -> Function:
 def _unloads(original: Function) -> Function:
     def _unload_and_optionally_merge(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = original(self, *args, **kwargs)
-        _settle(self.model)
-        return model
-
-    return _unload_and_optionally_merge
-
-
-def _unloads_mixed(original: Function) -> Function:
-    def _unload_and_optionally_merge(
-        self: Any,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        """Unload LoRA first: PEFT would keep its base layer alone, which nothing is merged into."""
-        for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, NF4LoraLinear):
-                unloaded = layer.unload_and_optionally_merge_module(
-                    merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
-                )
-                replace_module(self.model, [name], unloaded)
-        model = original(self, merge, progressbar, safe_merge, adapter_names)
         _settle(self.model)
         return model
 
@@ -216,7 +193,8 @@ def _checking(create: Function, name: str) -> Function:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        is_nf4 = isinstance(_base_of(target), NF4Linear)
+        base = _base_of(target)
+        is_nf4 = isinstance(base, NF4Linear)
         if is_nf4 and name not in ON_NF4 | BY_LORA:
             raise NotImplementedError(
                 f"PEFT's {name} (peft {peft.__version__}) is not known to be right on an "
@@ -227,6 +205,12 @@ def _checking(create: Function, name: str) -> Function:
             raise NotImplementedError(
                 f"PEFT's {name} would be put on the LoRA of {target_name}, an NF4Linear, which is "
                 "not there; give the two different target_modules"
+            )
+        if is_nf4 and name in ON_NF4 and not isinstance(base, NF4AsLinear):
+            raise NotImplementedError(
+                f"PEFT's {name} is there for NF4Linear itself, and {target_name} is an "
+                f"{type(base).__name__}, which stands for another layer than an nn.Linear; LoRA is "
+                "there for both"
             )
         create(config, adapter_name, target, target_name, parent, *args, **kwargs)
         if is_nf4 and not isinstance(getattr(parent, target_name), BaseTunerLayer):

@@ -51,6 +51,12 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     assert (actual - expected).abs().max() <= tolerance * scale
 
 
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert same_bits(actual[key], tensor), key
+
+
 def test_a_case_for_each_tuner():
     new = set(ALL_TYPES) - set(CASES)
     assert not new, f"PEFT has tuners whose behaviour on NF4 layers nobody has looked at: {new}"
@@ -64,12 +70,8 @@ def test_the_lists_name_tuners_of_peft():
 def test_forward_and_gradients_are_those_of_the_dense_twin(name, folder):
     model, twin = adapted(nf4_model(), name, folder), adapted(dense_twin(), name, folder)
     before = base_bytes(model)
-    for own, other in zip(
-        get_peft_model_state_dict(model).values(),
-        get_peft_model_state_dict(twin).values(),
-        strict=True,
-    ):
-        assert same_bits(own, other)  # the start, which some tuners compute from base weights
+    # What is saved: names, and the start, which some tuners compute from the base weights.
+    assert_same_state(get_peft_model_state_dict(model), get_peft_model_state_dict(twin))
     assert_close(logits(model, name), logits(twin, name))
     loss, expected_loss = trained_step(model, name), trained_step(twin, name)
     assert_close(loss, expected_loss)
@@ -109,9 +111,7 @@ def test_saves_and_loads(name, folder, tmp_path):
         assert not same_bits(logits(reloaded, name), logits(twin, name))
         assert_close(logits(loaded, name), logits(reloaded, name))
         return
-    saved, state = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
-    assert saved.keys() == state.keys()
-    assert all(same_bits(saved[key], state[key]) for key in saved)
+    assert_same_state(get_peft_model_state_dict(loaded), get_peft_model_state_dict(model))
     expected = logits(model, name)
     assert same_bits(logits(loaded, name), expected)
     # And by plain PEFT on a dense model.

@@ -7,9 +7,13 @@ import warnings
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tuner_cases import (
     CALL,
     TARGETS,
@@ -71,6 +75,20 @@ def test_an_unknown_tuner_may_have_the_dense_layers(monkeypatch):
     assert isinstance(model.base_model.model.lm_head, BaseTunerLayer)
 
 
+def test_a_layer_that_stands_for_another_than_linear_is_refused():
+    """A Conv1D of GPT-2, whose weight is the other way round once it is dense."""
+
+    class NF4Conv1D(NF4Linear):
+        pass
+
+    model = nf4_model()
+    model.model.layers[0].self_attn.q_proj.__class__ = NF4Conv1D
+    before = layout(model)
+    with pytest.raises(NotImplementedError, match=r"IA3.*q_proj is an NF4Conv1D"):
+        get_peft_model(model, make_config("IA3", None))
+    assert layout(model) == before
+
+
 def test_a_tuner_that_leaves_a_layer_out_is_found_out(monkeypatch):
     monkeypatch.setattr("peft.tuners.osf.model.dispatch_default", lambda *_, **__: None)
     model = nf4_model()
@@ -112,6 +130,25 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     assert_close(logits(adapted(model, "IA3", None)), logits(adapted(dense_twin(), "IA3", None)))
 
 
+LOADS = {
+    "peft": PeftModel.from_pretrained,
+    "transformers": lambda model, folder: model.load_adapter(str(folder)),
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(load, tmp_path):
+    adapted(nf4_model(), "IA3", None).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.repeat(2, 2) for name, tensor in load_file(file).items()}, file)
+    model = nf4_model()
+    before = layout(model)
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+        load(model, tmp_path)
+    assert layout(model) == before
+    assert same_bits(logits(model), logits(nf4_model()))
+
+
 def test_modules_to_save_cannot_be_four_bit():
     model = nf4_model()
     before = layout(model)
@@ -125,17 +162,19 @@ def test_modules_to_save_cannot_be_four_bit():
 
 def test_a_merge_that_fails_changes_nothing():
     model = adapted(nf4_model(), "LOHA", None)
-    with torch.no_grad():
-        model.base_model.model.model.layers[1].mlp.down_proj.hada_w1_a["default"].fill_(torch.inf)
-    before = layout(model)
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_adapter(safe_merge=True)
-    assert layout(model) == before
+    model.add_adapter("broken", peft.LoHaConfig(r=4, target_modules=TARGETS))
     layer = model.base_model.model.model.layers[1].mlp.down_proj
-    with pytest.raises(ValueError, match="NaNs detected"):
-        layer.merge(safe_merge=True)
-    assert not layer.merged
-    assert layout(model) == before
+    with torch.no_grad():
+        layer.hada_w1_a["broken"].fill_(torch.inf)
+    before = layout(model)
+    for names in (["broken"], ["default", "broken"]):
+        with pytest.raises(ValueError, match="NaNs detected"):
+            model.merge_adapter(names, safe_merge=True)
+        assert layout(model) == before
+        with pytest.raises(ValueError, match="NaNs detected"):
+            layer.merge(safe_merge=True, adapter_names=names)
+        assert layout(model) == before
+        assert not layer.merged
 
 
 # ---- several adapters, several tuners
@@ -371,6 +410,31 @@ def test_through_transformers():
     assert same_bits(logits(ours), logits(nf4_model()))
     ours.enable_adapters()
     assert same_bits(logits(ours), adapted_logits)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of one process: what FSDP2 does to parameters it does there too."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("name", ["IA3", "HIRA"])  # which reads base weights
+def test_under_fsdp2(name):
+    model, expected = adapted(nf4_model(), name, None), adapted(nf4_model(), name, None)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):
+        assert same_bits(trained_step(model, name), trained_step(expected, name))
+    parameters = dict(model.named_parameters())
+    for key, parameter in expected.named_parameters():
+        assert same_bits(parameters[key].full_tensor(), parameter), key
+        if parameter.grad is not None:
+            assert same_bits(parameters[key].grad.full_tensor(), parameter.grad), key
 
 
 # ---- copies
