@@ -181,7 +181,7 @@ def install() -> None:
         ImportError: this version of transformers decides in another place.
     """
     original = AutoHfQuantizer.merge_quantization_configs
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "_gives_to", None) is BitsAndBytesLoader:
         return
     if list(inspect.signature(original).parameters) != _WRAPPED:
         raise ImportError(
@@ -202,6 +202,7 @@ def install() -> None:
             return BitsAndBytesCheckpoint(check_config(quantization_config), given)
         return original(quantization_config, given)
 
+    merge_quantization_configs._gives_to = BitsAndBytesLoader  # type: ignore[attr-defined]
     AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
 
 
