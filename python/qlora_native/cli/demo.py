@@ -39,7 +39,7 @@ from qlora_native.cli.tiny_llama import (
 )
 from qlora_native.cli.training import held_out_loss, total_bytes, train_model
 from qlora_native.hf import load_lora, save_lora
-from qlora_native.hf.adapter import CONFIG_FILE, WEIGHTS_FILE
+from qlora_native.hf.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 EVALUATION_BATCH_SIZE = 32
 METRICS_FILE = "metrics.json"

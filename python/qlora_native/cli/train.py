@@ -17,7 +17,7 @@ from qlora_native.cli.dataset import Columns, read_examples
 from qlora_native.cli.devices import choose_device
 from qlora_native.cli.errors import CommandError, make_output_folder
 from qlora_native.cli.training import TrainingRun, progress_bar, train_model
-from qlora_native.hf import adapter, save_lora
+from qlora_native.hf import adapter_files, save_lora
 
 OPTIMIZERS = {"paged_adamw": PagedAdamW, "paged_adamw8bit": PagedAdamW8bit}
 
@@ -80,7 +80,7 @@ def _columns_of(args: argparse.Namespace) -> Columns:
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
-    if (folder / adapter.CONFIG_FILE).exists() and not overwrite:
+    if (folder / adapter_files.CONFIG_FILE).exists() and not overwrite:
         raise CommandError(f"--output {folder}: has an adapter already; --overwrite replaces it")
     make_output_folder(folder)  # better to fail before the training than after it
 

@@ -20,21 +20,21 @@ _LARGE = 2**20  # elements from which a matrix that is no layer's is worth a war
 
 
 def put_nf4_layers(
-    model: Any, config: NF4Config, is_wanted: Callable[[str], bool]
+    model: Any, config: NF4Config, is_wanted: Callable[[list[str]], bool]
 ) -> dict[str, nn.Module]:
     """Replace the layers whose names are wanted by empty 4-bit ones on the meta device.
 
     Args:
         model: a PreTrainedModel on the meta device.
         config: the layers' settings.
-        is_wanted: given a layer's name, whether it is to be 4-bit.
+        is_wanted: given all names of a layer, whether it is to be 4-bit.
 
     Returns:
         The new layers by name; a layer that has several names is there with the first.
     """
     placed = {}
     for layer, names in modules_with_names(model, is_quantizable).items():
-        if any(is_wanted(name) for name in names):
+        if is_wanted(names):
             placed[names[0]] = empty_nf4_layer(layer, config)
             replace_module(model, names, placed[names[0]])
     return placed

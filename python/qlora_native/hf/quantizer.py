@@ -123,11 +123,7 @@ class NF4HfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[None, dict[str, str]]:
         """Nothing is changed for saving; a model that would not load again is refused."""
-        adapters = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
-        ]
+        adapters = adapter_layers(model)
         if adapters and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"save_pretrained: {adapters[0]} and {len(adapters) - 1} more layers have an "
@@ -149,12 +145,14 @@ class NF4HfQuantizer(HfQuantizer):
             check_skip(model, config.skip)
         if not self.pre_quantized or file_layers is None:
             layers = put_nf4_layers(
-                model, config, lambda name: name not in dense and not is_named(name, entries)
+                model,
+                config,
+                lambda names: not any(name in dense or is_named(name, entries) for name in names),
             )
             warn_of_dense_weights(model, entries)
         else:
-            names = _with_prefix_and_without(file_layers, model.base_model_prefix)
-            layers = put_nf4_layers(model, config, names.__contains__)
+            stored = _with_prefix_and_without(file_layers, model.base_model_prefix)
+            layers = put_nf4_layers(model, config, lambda names: not stored.isdisjoint(names))
         if not layers:
             raise ValueError(
                 f"NF4Config: {type(model).__name__} has no layer to hold in 4 bits"
@@ -239,9 +237,10 @@ class NF4HfQuantizer(HfQuantizer):
             )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # after a save it is
         dtype = dtype or model.dtype
+        is_trained = not adapter_layers(model)  # beside an adapter the base stays frozen
         while layers:
             layer, names = layers.popitem()
-            dense = layer.to_dense(dtype).requires_grad_(True)
+            dense = layer.to_dense(dtype).requires_grad_(is_trained)
             move_hook(layer, dense)
             replace_module(model, names, dense)
         model._weight_conversions = self._conversions
@@ -291,6 +290,15 @@ class NF4Quantize(ConversionOps):
             del dense
             converted |= {f"{layer_name}.{part}": tensor for part, tensor in parts.items()}
         return converted
+
+
+def adapter_layers(model: nn.Module) -> list[str]:
+    """The names of layers with an adapter: native ones, and PEFT's."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
+    ]
 
 
 def _is_cuda(device: Any) -> bool:

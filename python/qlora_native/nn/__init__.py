@@ -1,8 +1,9 @@
 """Layers on a 4-bit base, and the functions that put them into a model."""
 
+from qlora_native.nn.add_lora import add_lora, delete_lora
+from qlora_native.nn.lora_adapter import LoRAAdapter
 from qlora_native.nn.lora_linear import LoRALinear
 from qlora_native.nn.model import (
-    add_lora,
     count_parameters,
     merge_lora,
     print_trainable_parameters,
@@ -10,14 +11,18 @@ from qlora_native.nn.model import (
 )
 from qlora_native.nn.nf4_experts import NF4Experts
 from qlora_native.nn.nf4_linear import NF4Linear
+from qlora_native.nn.routing import set_lora
 
 __all__ = [
+    "LoRAAdapter",
     "LoRALinear",
     "NF4Experts",
     "NF4Linear",
     "add_lora",
     "count_parameters",
+    "delete_lora",
     "merge_lora",
     "print_trainable_parameters",
     "quantize_model",
+    "set_lora",
 ]

@@ -1,24 +1,45 @@
-"""LoRALinear: a frozen linear layer and the low-rank update that is trained beside it."""
+"""LoRALinear: a frozen linear layer and the low-rank updates that are trained beside it."""
 
 import math
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_native import ops
-from qlora_native.nn.nf4_linear import NF4Linear, autocast_dtype, parameter_of
+from qlora_native.nn.lora_adapter import LoRAAdapter, check_adapter_name, check_lora_arguments
+from qlora_native.nn.lora_forward import dora_forward, draw_seed, lora_forward
+from qlora_native.nn.nf4_linear import NF4Linear
+from qlora_native.nn.routing import (
+    BASE,
+    RoutedLayer,
+    Routing,
+    check_exist,
+    groups_of_batch,
+    rows_of_each_element,
+)
+from qlora_native.ops.dora import row_norms_squared
+from qlora_native.ops.lora import LoRAFactors
+from qlora_native.ops.lora_groups import LoRAGroup
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(nn.Module, RoutedLayer):
     """y = base(x) + scaling · (dropout(x) · Aᵀ) · Bᵀ, as one autograd node.
 
-    LoRA is by Hu et al. 2021, section 4.1.
+    LoRA is by Hu et al. 2021, section 4.1. With `use_dora` (Liu et al. 2024, section 4) the sum of
+    base and update is scaled row by row to the length `magnitude`, which is trained as well:
+    y = magnitude / ‖W + scaling · B · A‖ ⊙ (W + scaling · B · A) · x, norms of rows.
+
+    A layer has one adapter or several, each with a name, a rank and settings of its own:
+    `adapters[name]` is a `LoRAAdapter`. `set_lora` says which is in force, for all rows or for each
+    element of a batch; at the start it is the one that the constructor makes.
 
     A[r, in_features] starts Kaiming-uniform, B[out_features, r] at zero: at the start the layer is
-    its base, bit for bit. Only A and B are trained: base and bias are frozen here. The factors are
-    fp32; a call rounds them to the compute dtype once, sums in fp32, and their gradients come back
-    in fp32. Backward keeps x and x · Aᵀ, nothing else.
+    its base, bit for bit (with DoRA, to rounding). Only adapters are trained: base and bias are
+    frozen here. The factors are fp32; a call rounds them to the compute dtype once, sums in fp32,
+    and their gradients come back in fp32. Backward keeps x and x · Aᵀ, nothing else (with DoRA the
+    output before it is scaled, too).
 
     Args:
         base: an NF4Linear or an nn.Linear; it becomes the attribute `base`.
@@ -27,6 +48,8 @@ class LoRALinear(nn.Module):
         lora_dropout: the probability with which an element of x is dropped before A while training,
             0 <= p < 1.
         use_rslora: scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023).
+        use_dora: whether the adapter has a magnitude.
+        adapter_name: the name of this first adapter.
 
     Raises:
         ValueError: an argument is out of its range, or base is of another type.
@@ -39,30 +62,129 @@ class LoRALinear(nn.Module):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        adapter_name: str = "default",
     ) -> None:
         super().__init__()
+        check_adapter_name("LoRALinear", adapter_name)
         check_lora_arguments("LoRALinear", base, r, lora_alpha, lora_dropout)
         self.base = base.requires_grad_(False)
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout = lora_dropout
-        self.use_rslora = use_rslora
-        # fp32 whatever the default dtype, which is a 16-bit one while transformers loads a model.
-        options: dict[str, Any] = {"dtype": torch.float32, "device": base.weight.device}
-        self.lora_a = nn.Parameter(torch.empty(r, base.in_features, **options))
-        self.lora_b = nn.Parameter(torch.empty(base.out_features, r, **options))
-        self.reset_lora_parameters()
+        self.adapters = nn.ModuleDict()
+        self.routing = Routing(adapter_name)
+        self._norms: tuple[Any, Tensor] | None = None  # what they were taken of, and ‖W_n‖²
         self.train(base.training)
+        self.adapters[adapter_name] = self.make_adapter(
+            r, lora_alpha, lora_dropout, use_rslora, use_dora
+        )
 
-    def reset_lora_parameters(self) -> None:
-        """A Kaiming-uniform in ±1/sqrt(in_features), B zero."""
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_b)
+    def make_adapter(
+        self,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        use_dora: bool,
+    ) -> LoRAAdapter:
+        """A new adapter for this layer; `adapters[name] = adapter` adds it."""
+        return LoRAAdapter(
+            self.in_features,
+            self.out_features,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            weight_norm_squared=self._weight_norm_squared() if use_dora else None,
+            device=self.base.weight.device,
+        ).train(self.training)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+    ) -> None:
+        """Add an adapter beside those that are here; `set_lora` puts it in force.
+
+        Raises ValueError where the name is taken or an argument is out of its range, as the
+        constructor's; the layer is then as it was.
+        """
+        check_adapter_name("LoRALinear.add_adapter", adapter_name, self.adapters)
+        check_lora_arguments("LoRALinear.add_adapter", self.base, r, lora_alpha, lora_dropout)
+        self.adapters[adapter_name] = self.make_adapter(
+            r, lora_alpha, lora_dropout, use_rslora, use_dora
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter. ValueError if there is none of that name, or it is in force."""
+        check_exist("LoRALinear.delete_adapter", [adapter_name], self.adapters)
+        self.check_not_in_force("LoRALinear.delete_adapter", adapter_name)
+        del self.adapters[adapter_name]
+
+    def check_not_in_force(self, operation: str, adapter_name: str) -> None:
+        """Raise ValueError if `set_lora` has put that adapter in force here."""
+        names = self.routing.names
+        if names == adapter_name or (isinstance(names, tuple) and adapter_name in names):
+            raise ValueError(
+                f"{operation}: {adapter_name!r} is in force; call set_lora with other names, or "
+                "None, first"
+            )
+
+    def lora_names(self) -> Collection[str]:
+        """The names of the adapters."""
+        return self.adapters.keys()
+
+    # ---- the one adapter, where there is one
+
+    def _only_adapter(self) -> LoRAAdapter:
+        if len(self.adapters) != 1:
+            raise ValueError(
+                f"LoRALinear: the layer has the adapters {list(self.adapters)}; ask "
+                "layer.adapters[name]"
+            )
+        return next(iter(self.adapters.values()))
+
+    @property
+    def lora_a(self) -> nn.Parameter:
+        """A[r, in_features] of the one adapter; ValueError where there are several."""
+        return self._only_adapter().lora_a
+
+    @property
+    def lora_b(self) -> nn.Parameter:
+        """B[out_features, r] of the one adapter."""
+        return self._only_adapter().lora_b
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """The one adapter's magnitude [out_features], or None where it is no DoRA."""
+        return self._only_adapter().magnitude
+
+    @property
+    def r(self) -> int:
+        """The rank of the one adapter."""
+        return self._only_adapter().r
+
+    @property
+    def lora_alpha(self) -> float:
+        """lora_alpha of the one adapter."""
+        return self._only_adapter().lora_alpha
+
+    @property
+    def lora_dropout(self) -> float:
+        """lora_dropout of the one adapter."""
+        return self._only_adapter().lora_dropout
+
+    @property
+    def use_rslora(self) -> bool:
+        """use_rslora of the one adapter."""
+        return self._only_adapter().use_rslora
 
     @property
     def scaling(self) -> float:
-        """lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """The factor of the one adapter's update."""
+        return self._only_adapter().scaling
 
     @property
     def in_features(self) -> int:
@@ -74,57 +196,115 @@ class LoRALinear(nn.Module):
         """n."""
         return self.base.out_features
 
+    # ---- forward
+
     def forward(self, x: Tensor) -> Tensor:
         """x[..., in_features] -> y[..., out_features], in the dtype that the base would give."""
-        p = self.lora_dropout if self.training else 0.0
-        # torch's generator draws the seed, so that its state, checkpointing's replay and CUDA
-        # graphs all govern the mask.
-        seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0.0 else None
+        self.routing.check_recomputation()
+        names = self.routing.names
         base = self._modules["base"]
-        lora_a, lora_b = parameter_of(self, "lora_a"), parameter_of(self, "lora_b")
-        if isinstance(base, NF4Linear):
-            dtype = base.compute_dtype_for(x)
-            weight, bias = base.tensors(), base.bias_in(dtype)
-            x_in_dtype = x if x.dtype == dtype else x.to(dtype)
-            y = ops.lora_linear(x_in_dtype, weight, bias, lora_a, lora_b, self.scaling, p, seed)
-            return y if base.compute_dtype is None else y.to(x.dtype)
-        dtype = autocast_dtype(x)
-        bias = base.bias
-        if dtype is not None:
-            x = x.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        elif base.weight.dtype != x.dtype:
-            raise ValueError(f"LoRALinear: x is {x.dtype}, base.weight is {base.weight.dtype}")
-        return ops.lora_linear(x, base.weight, bias, lora_a, lora_b, self.scaling, p, seed)
+        if isinstance(names, tuple):
+            return self._forward_of_batch(base, x, names)
+        adapter = None if names is None else self._adapter(names)
+        if adapter is None:
+            return base(x)
+        factors = self._factors(adapter, x)
+        if adapter.use_dora:
+            norms = self._weight_norm_squared()
+            return dora_forward(base, x, factors, adapter.magnitude, norms)
+        return lora_forward(base, x, [LoRAGroup(0, math.prod(x.shape[:-1]), factors)])
+
+    def _forward_of_batch(self, base: Any, x: Tensor, names: Sequence[str]) -> Tensor:
+        rows_of_each_element(names, x)  # the check, even where no adapter is here
+        adapters = {name: self._adapter(name) for name in dict.fromkeys(names)}
+        found = {name: adapter for name, adapter in adapters.items() if adapter is not None}
+        if any(adapter.use_dora for adapter in found.values()):
+            return self._forward_of_batch_with_dora(base, x, names, found)
+        factors = {name: self._factors(adapter, x) for name, adapter in found.items()}
+        return lora_forward(base, x, groups_of_batch(names, x, factors))
+
+    def _forward_of_batch_with_dora(
+        self, base: Any, x: Tensor, names: Sequence[str], adapters: Mapping[str, LoRAAdapter]
+    ) -> Tensor:
+        """A run of one name at a time, for each DoRA scales the base's product in its own way."""
+        parts = []
+        begin = 0
+        for name, run in groupby(names):
+            end = begin + sum(1 for _ in run)
+            part, adapter = x[begin:end], adapters.get(name)
+            if adapter is None:
+                parts.append(base(part))
+            elif adapter.use_dora:
+                factors = self._factors(adapter, part)
+                norms = self._weight_norm_squared()
+                parts.append(dora_forward(base, part, factors, adapter.magnitude, norms))
+            else:
+                group = LoRAGroup(0, math.prod(part.shape[:-1]), self._factors(adapter, part))
+                parts.append(lora_forward(base, part, [group]))
+            begin = end
+        return torch.cat(parts) if parts else base(x)
+
+    def _adapter(self, name: str) -> Any:
+        return self._modules["adapters"]._modules.get(name)
+
+    def _factors(self, adapter: LoRAAdapter, x: Tensor) -> LoRAFactors:
+        p = adapter.lora_dropout if self.training else 0.0
+        return adapter.factors(p, draw_seed(x, p))
+
+    # ---- the base's weight
+
+    @torch.no_grad()
+    def merged_weight(self, names: str | Sequence[str]) -> Tensor:
+        """The weight [out_features, in_features], fp32, of the layer with all of `names` in force.
+
+        It is W + scaling · B · A, with DoRA scaled by magnitude / ‖W + scaling · B · A‖; W is what
+        was trained against, dequantised where the base is NF4. Of several adapters, the changes
+        that each makes to W alone are added up. A name that this layer has not changes nothing.
+        """
+        base = self.base
+        is_nf4 = isinstance(base, NF4Linear)
+        weight = base.dequantize(torch.float32) if is_nf4 else base.weight.float()
+        adapters = [
+            self.adapters[name]
+            for name in ([names] if isinstance(names, str) else names)
+            if name != BASE and name in self.adapters
+        ]
+        merged = [adapter.merged_with(weight) for adapter in adapters]
+        if len(merged) == 1:
+            return merged[0]
+        total = weight.clone()
+        for one in merged:
+            total += one - weight
+        return total
+
+    def _weight_norm_squared(self) -> Tensor:
+        """‖W_n‖² of the base, fp32 [n]; computed again if its memory was written or moved."""
+        base = self.base
+        weight = base.tensors() if isinstance(base, NF4Linear) else base.weight
+        if torch.compiler.is_compiling():
+            return row_norms_squared(weight) if self._norms is None else self._norms[1]
+        stored = (
+            [weight] if isinstance(weight, Tensor) else [t for t in weight[:4] if t is not None]
+        )
+        if any(t.is_meta for t in stored):
+            return row_norms_squared(weight)
+        key = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in stored]
+        if self._norms is None or self._norms[0] != key:
+            with torch.no_grad(), torch.inference_mode(False):
+                self._norms = key, row_norms_squared(weight)
+        return self._norms[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_norms": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
+        self._norms = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._norms = None  # the base is loaded after this
+        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""
-        return (
-            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
-            f"use_rslora={self.use_rslora}"
-        )
-
-
-def check_lora_arguments(
-    operation: str, base: nn.Module, r: int, lora_alpha: float, lora_dropout: float
-) -> None:
-    """Raise ValueError unless a LoRALinear can be made of these."""
-    if not isinstance(base, NF4Linear | nn.Linear):
-        raise ValueError(
-            f"{operation}: base is {type(base).__name__}, want an NF4Linear or an nn.Linear"
-        )
-    if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"{operation}: base is {type(base).__name__}, whose forward is not nn.Linear's and "
-            "would not be called"
-        )
-    largest = min(base.in_features, base.out_features)
-    if not isinstance(r, int) or not 1 <= r <= largest:
-        raise ValueError(
-            f"{operation}: r is {r}, want an integer from 1 to {largest} for a layer "
-            f"[{base.out_features}, {base.in_features}]"
-        )
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"{operation}: lora_alpha is {lora_alpha}, want a finite number")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"{operation}: lora_dropout is {lora_dropout}, want 0 <= p < 1")
+        return f"in_force={self.routing.names!r}"

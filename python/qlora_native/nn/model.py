@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from qlora_native.nn.lora_linear import LoRALinear, check_lora_arguments
+from qlora_native.nn.lora_linear import LoRALinear
 from qlora_native.nn.nf4_experts import NF4Experts, is_experts
 from qlora_native.nn.nf4_linear import NF4Linear
 
@@ -68,7 +68,7 @@ def quantize_model(
     targets = [(name, module) for name, module in targets if is_quantizable(module)]
     if not targets:
         raise ValueError("quantize_model: the model has no nn.Linear to quantise (after skip)")
-    _check_not_root("quantize_model", model, [module for _, module in targets])
+    check_not_root("quantize_model", model, [module for _, module in targets])
     _check_untied(model, targets)
     _warn_of_other_weights(model, skip)
 
@@ -91,53 +91,6 @@ def quantize_model(
     return model
 
 
-def add_lora(
-    model: nn.Module,
-    r: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    target_modules: str | Sequence[str] = "all-linear",
-) -> nn.Module:
-    """Freeze `model` and put a LoRALinear around each target layer, in place.
-
-    Args:
-        model: any module; it is also what is returned.
-        r: the rank.
-        lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: see `LoRALinear`.
-        use_rslora: see `LoRALinear`.
-        target_modules: `"all-linear"` for every NF4Linear and nn.Linear but the output head, or
-            names: a layer's whole name or its end after a dot (`["q_proj", "v_proj"]`).
-
-    Raises:
-        ValueError: a target does not exist (the message lists those that do) or is no linear layer,
-            a layer has a LoRA already, or an argument is out of range. The model is then as it was.
-    """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("add_lora: the model has LoRA layers already; merge_lora removes them")
-    layers = modules_with_names(model, _is_linear)
-    if isinstance(target_modules, str):
-        if target_modules != "all-linear":
-            raise ValueError(
-                f"add_lora: target_modules is {target_modules!r}, want 'all-linear' or a list"
-            )
-        head = _output_head(model)
-        layers = {layer: names for layer, names in layers.items() if layer is not head}
-    else:
-        layers = _match_targets(layers, target_modules)
-    if not layers:
-        raise ValueError("add_lora: the model has no linear layer to put a LoRA beside")
-    _check_not_root("add_lora", model, layers)
-    for layer, names in layers.items():
-        check_lora_arguments(f"add_lora: {names[0]}", layer, r, lora_alpha, lora_dropout)
-
-    model.requires_grad_(False)
-    for layer, names in layers.items():
-        replace_module(model, names, LoRALinear(layer, r, lora_alpha, lora_dropout, use_rslora))
-    return model
-
-
 def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every LoRALinear by a dense `nn.Linear` with W + scaling · B · A, in place.
 
@@ -151,7 +104,7 @@ def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     layers = modules_with_names(model, lambda module: isinstance(module, LoRALinear))
     if not layers:
         raise ValueError("merge_lora: the model has no LoRALinear")
-    _check_not_root("merge_lora", model, layers)
+    check_not_root("merge_lora", model, layers)
     model_dtype = _model_dtype(model)
     for layer, names in layers.items():
         replace_module(model, names, _merged(layer, dtype or _base_dtype(layer, model_dtype)))
@@ -181,44 +134,16 @@ def name_matches(name: str, entry: str) -> bool:
     return f".{entry}." in f".{name}."
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, NF4Linear) or type(module) is nn.Linear
+Layers: TypeAlias = dict[nn.Module, list[str]]
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """transformers' models name theirs; another model has none that could be known."""
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    return get_output_embeddings() if callable(get_output_embeddings) else None
-
-
-_Layers: TypeAlias = dict[nn.Module, list[str]]
-
-
-def modules_with_names(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> _Layers:
+def modules_with_names(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> Layers:
     """Every such module with all the names that it has in `model`: it may be shared."""
-    layers: _Layers = {}
+    layers: Layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_wanted(module):
             layers.setdefault(module, []).append(name)
     return layers
-
-
-def _match_targets(layers: _Layers, targets: Iterable[str]) -> _Layers:
-    matched: set[nn.Module] = set()
-    for target in targets:
-        found = [
-            layer
-            for layer, names in layers.items()
-            if any(f".{name}".endswith(f".{target}") for name in names)
-        ]
-        if not found:
-            known = sorted({n.rsplit(".", 1)[-1] for names in layers.values() for n in names})
-            raise ValueError(
-                f"add_lora: target_modules has {target!r}, which is no linear layer; there are: "
-                + ", ".join(known)
-            )
-        matched.update(found)
-    return {layer: names for layer, names in layers.items() if layer in matched}
 
 
 def is_quantizable(module: nn.Module) -> bool:
@@ -278,7 +203,8 @@ def _tell_transformers(
         NF4HfQuantizer(config, pre_quantized=True).attach(model)
 
 
-def _check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Raise ValueError if `model` is one of `layers`: it cannot be replaced in itself."""
     if any(layer is model for layer in layers):
         raise ValueError(
             f"{operation}: the model is itself the layer to replace; wrap it in an nn.Sequential"
@@ -294,7 +220,7 @@ def replace_module(model: nn.Module, names: Iterable[str], new: nn.Module) -> No
 
 def _model_dtype(model: nn.Module) -> torch.dtype:
     for name, parameter in model.named_parameters():
-        is_factor = name.rpartition(".")[2] in ("lora_a", "lora_b")
+        is_factor = name.rpartition(".")[2] in ("lora_a", "lora_b", "magnitude")
         if parameter.is_floating_point() and not is_factor:
             return parameter.dtype
     return torch.float32
@@ -310,9 +236,7 @@ def _base_dtype(layer: LoRALinear, model_dtype: torch.dtype) -> torch.dtype:
 @torch.no_grad()
 def _merged(layer: LoRALinear, dtype: torch.dtype) -> nn.Linear:
     base = layer.base
-    is_nf4 = isinstance(base, NF4Linear)
-    weight = base.dequantize(torch.float32) if is_nf4 else base.weight.float()
-    weight = torch.addmm(weight, layer.lora_b.float(), layer.lora_a.float(), alpha=layer.scaling)
+    weight = layer.merged_weight(list(layer.lora_names()))
     merged = nn.Linear(
         base.in_features, base.out_features, bias=base.bias is not None, device="meta"
     )

@@ -8,12 +8,14 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hf_models import saved
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_native import _core, quantize_model
+from qlora_native import _core, add_lora, quantize_model
 from qlora_native.hf import NF4Config, parameter_count
+from qlora_native.hf.layers import put_nf4_layers
 from qlora_native.hf.quantizer import NF4HfQuantizer
-from support import run_python, same_bits, state_bits
+from support import assert_near, run_python, same_bits, state_bits
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -64,6 +66,28 @@ def test_no_trace_is_left_in_memory_either(tmp_path):
     assert model.float().dtype == torch.float32  # which a quantised model refuses
     with pytest.raises(ValueError, match="first quantize your model"):
         model.dequantize()
+
+
+def test_a_base_beside_adapters_stays_frozen(tmp_path):
+    model = add_lora(saved(hf_models.tiny_llama(), tmp_path), r=2)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ids = torch.arange(4)[None]
+    expected = model(ids).logits
+    model.dequantize()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == names
+    assert_near(model(ids).logits, expected)
+
+
+def test_a_layer_with_two_names_stays_one_layer():
+    with torch.device("meta"):
+        shared = nn.Linear(8, 8)
+        model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared})})
+    asked = []
+    assert not put_nf4_layers(model, NF4Config(), lambda names: bool(asked.append(names)))
+    assert asked == [["a", "b.c"]]
+    placed = put_nf4_layers(model, NF4Config(), lambda names: True)
+    assert list(placed) == ["a"]
+    assert model["a"] is model["b"]["c"] is placed["a"]
 
 
 def test_a_pickled_checkpoint_is_quantised_as_well(tmp_path):

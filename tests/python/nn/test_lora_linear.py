@@ -75,7 +75,10 @@ def test_the_factors_are_fp32_whatever_the_default_dtype(default):
 @over_bases
 def test_only_the_factors_are_trained(kind):
     layer = LoRALinear(make_base(kind), r=2)
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_a", "lora_b"]
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == [
+        "adapters.default.lora_a",
+        "adapters.default.lora_b",
+    ]
     assert layer.lora_a.shape == (2, K)
     assert layer.lora_b.shape == (N, 2)
     assert (layer.in_features, layer.out_features) == (K, N)
@@ -366,7 +369,7 @@ def test_copies_pickles_and_state_dicts_keep_the_bits(kind):
         assert state_bits(copied) == state_bits(layer)
         assert repr(copied) == repr(layer)
         assert same_bits(copied.eval()(torch.ones(2, K)), layer.eval()(torch.ones(2, K)))
-    with pytest.raises(RuntimeError, match="size mismatch for lora_a"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for adapters\.default\.lora_a"):
         LoRALinear(make_base(kind), r=4).load_state_dict(layer.state_dict())
 
 
@@ -451,7 +454,7 @@ def test_factors_that_do_not_fit_are_refused(m):
     with pytest.raises(ValueError, match=r"lora_a has shape \[4, 69\] and lora_b \[37, 4\]"):
         layer(x)
     layer = lora_layer(nf4_layer(N, K))
-    layer.lora_b = nn.Parameter(layer.lora_b.detach().to("meta"))
+    layer.adapters["default"].lora_b = nn.Parameter(layer.lora_b.detach().to("meta"))
     with pytest.raises(ValueError, match="lora_a is on cpu and lora_b on meta, x is on cpu"):
         layer(x)
 

@@ -191,10 +191,13 @@ def test_vmap_gives_the_rows_of_the_batch(layer):
     torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
 
 
+FACTORS = ("adapters.default.lora_a", "adapters.default.lora_b")
+
+
 def test_vmap_over_factors_is_an_ensemble():
     layer = lora_layer(nf4_layer(N, K))
     x = torch.randn(9, K)
-    factors = {name: torch.randn(3, *getattr(layer, name).shape) for name in ("lora_a", "lora_b")}
+    factors = {name: torch.randn(3, *layer.get_parameter(name).shape) for name in FACTORS}
     together = torch.vmap(lambda f: torch.func.functional_call(layer, f, (x,)))(factors)
     for i in range(3):
         alone = torch.func.functional_call(layer, {k: v[i] for k, v in factors.items()}, (x,))
@@ -209,16 +212,13 @@ def test_vmap_with_dropout_asks_for_a_choice_of_randomness():
 
 def test_functional_call_uses_the_given_parameters_and_differentiates_them():
     layer = lora_layer(nf4_layer(N, K))
-    given = {
-        name: torch.randn_like(getattr(layer, name)).requires_grad_()
-        for name in ("lora_a", "lora_b")
-    }
+    given = {name: torch.randn_like(layer.get_parameter(name)).requires_grad_() for name in FACTORS}
     x, dy = torch.randn(9, K), torch.randn(9, N)
     y = torch.func.functional_call(layer, given, (x,))
     gradients = torch.autograd.grad(y, list(given.values()), dy)
     other = copy.deepcopy(layer)
     for name, value in given.items():
-        getattr(other, name).data.copy_(value)
+        other.get_parameter(name).data.copy_(value)
     expected = lora_results(other, x, dy)
     assert same_bits(y, expected["y"])
     assert same_bits(gradients[0], expected["da"])

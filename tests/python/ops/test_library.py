@@ -7,6 +7,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from qlora_native import nf4_dequantize, nf4_quantize
+from qlora_native.ops import (
+    LoRAFactors,
+    LoRAGroup,
+    dora_linear,
+    lora_linear_groups,
+    quantize,
+    row_norms_squared,
+)
 from support import (
     BATCHES,
     K,
@@ -44,6 +52,10 @@ def test_every_operator_is_checked_here():
         "nf4_linear_grad_input",
         "lora_linear",
         "lora_linear_backward",
+        "lora_linear_groups",
+        "lora_linear_groups_backward",
+        "dora_linear",
+        "dora_linear_backward",
     }
 
 
@@ -73,14 +85,17 @@ def test_opcheck_of_the_linear_products(shape, double_quant):
     opcheck(ops.nf4_linear_grad_input.default, (dy, *weight))
 
 
+def base_arguments(kind: str) -> tuple:
+    if kind == "dense":
+        return torch.randn(N, K), None, None, None, N, K, 0
+    return weight_arguments(N, K, kind == "nested")
+
+
 @pytest.mark.parametrize("kind", ["nested", "plain", "dense"])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("m", [3, 9])
 def test_opcheck_of_lora(kind, p, m):
-    if kind == "dense":
-        weight = (torch.randn(N, K), None, None, None, N, K, 0)
-    else:
-        weight = weight_arguments(N, K, kind == "nested")
+    weight = base_arguments(kind)
     x, dy = torch.randn(m, K, requires_grad=True), torch.randn(m, N)
     bias = torch.randn(N, requires_grad=True)
     a, b = torch.randn(4, K, requires_grad=True), torch.randn(N, 4, requires_grad=True)
@@ -90,6 +105,47 @@ def test_opcheck_of_lora(kind, p, m):
     for needs_dx in (True, False):
         arguments = (dy, x.detach(), t, a.detach(), b.detach(), seed, *weight, 0.5, p, needs_dx)
         opcheck(ops.lora_linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize("kind", ["nested", "dense"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(9,), (3, 3)], ids=str)
+def test_opcheck_of_groups(kind, p, shape):
+    weight = base_arguments(kind)
+    x, dy = torch.randn(*shape, K, requires_grad=True), torch.randn(*shape, N)
+    bias = torch.randn(N, requires_grad=True)
+    lora_a = [torch.randn(r, K, requires_grad=True) for r in (4, 3)]
+    lora_b = [torch.randn(N, r, requires_grad=True) for r in (4, 3)]
+    seeds = [torch.tensor([5]), torch.tensor([6])] if p else []
+    plan = [0, 2, 5], [2, 5, 8], [0, 1, 0], [0, -1, 1] if p else [-1] * 3, [0.5, 1.0, 2.0]
+    ps = [p, 0.0, p]
+    arguments = (x, bias, lora_a, lora_b, seeds, *weight, *plan, ps)
+    opcheck(ops.lora_linear_groups.default, arguments)
+    factors = [[factor.detach() for factor in factors] for factors in (lora_a, lora_b)]
+    for needs_dx in (True, False):
+        arguments = (dy, x.detach(), torch.randn(29), *factors, seeds, *weight, *plan, ps, needs_dx)
+        opcheck(ops.lora_linear_groups_backward.default, arguments)
+
+
+@pytest.mark.parametrize("kind", ["nested", "dense"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(9,), (3, 3)], ids=str)
+def test_opcheck_of_dora(kind, p, shape):
+    weight = base_arguments(kind)
+    x, dy = torch.randn(*shape, K, requires_grad=True), torch.randn(*shape, N)
+    bias = torch.randn(N, requires_grad=True)
+    a, b = torch.randn(4, K, requires_grad=True), torch.randn(N, 4, requires_grad=True)
+    magnitude = torch.rand(N, requires_grad=True)
+    seed = torch.tensor([5]) if p else None
+    squared = 100 + torch.rand(N)
+    arguments = (x, bias, a, b, magnitude, seed, squared, *weight, 0.5, p)
+    opcheck(ops.dora_linear.default, arguments)
+    t, rows, norms = torch.randn(9, 4), torch.randn(*shape, N), 1 + torch.rand(N)
+    trained = [tensor.detach() for tensor in (a, b, magnitude)]
+    for needs_dx in (True, False):
+        kept = t, rows if needs_dx else None, norms
+        arguments = (dy, x.detach(), *kept, *trained, seed, *weight, 0.5, p, needs_dx)
+        opcheck(ops.dora_linear_backward.default, arguments)
 
 
 # ---- torch.compile
@@ -183,6 +239,44 @@ def test_evaluation_compiles_without_gradients():
         assert same_bits(compiled(x), model(x))
     with torch.inference_mode():
         assert same_bits(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_groups_and_dora_compile(p):
+    weight = quantize(torch.randn(N, K), 32, True)
+    squared = row_norms_squared(weight)
+    r = 4
+    trained = nn.ParameterList(
+        [torch.randn(r, K) / 8, torch.randn(N, r), torch.randn(3, K) / 8, torch.randn(N, 3)]
+    )
+    trained.append(squared.sqrt())
+
+    def run(x: Tensor) -> Tensor:
+        a, b, other_a, other_b, magnitude = trained
+        seed = torch.randint(2**63 - 1, (1,)) if p else None
+        first = LoRAFactors(a, b, seed, 0.5, p)
+        second = LoRAFactors(other_a, other_b, None, 2.0, 0.0)
+        rows = x.shape[0]
+        groups = [
+            LoRAGroup(0, rows // 3, first),
+            LoRAGroup(rows // 3, rows - 1, second),
+            LoRAGroup(rows - 1, rows, first),
+        ]
+        return lora_linear_groups(x, weight, None, groups) + dora_linear(
+            x, weight, None, a, b, magnitude, 0.5, squared, p, seed
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    for m in (9, 12, 33):
+        x = torch.randn(m, K)
+        for actual, expected in zip(
+            forward_and_backward(compiled, trained, x),
+            forward_and_backward(run, trained, x),
+            strict=True,
+        ):
+            assert same_bits(actual, expected)
+    assert counter.frame_count == 1
 
 
 def test_the_codec_compiles():

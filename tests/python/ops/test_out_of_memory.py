@@ -105,7 +105,7 @@ def test_every_operation_is_called_so(torch_cuda, monkeypatch):
     failing = {name: Failing(getattr(_core, name), 1) for name in OPERATIONS}
     for name, operation in failing.items():
         monkeypatch.setattr(_core, name, operation)
-    for module in (ops.base_product, ops.lora):
+    for module in (ops.base_product, ops.lora_update):
         for choice in ("prefers_native", "lora_prefers_native"):
             monkeypatch.setattr(module, choice, lambda *_: True, raising=False)
 
