@@ -95,6 +95,9 @@ class NF4Experts(nn.Module):
         """
         if getattr(self, "_is_expert_parallel", False):
             raise NotImplementedError("NF4Experts: expert parallelism, want all experts here")
+        if hasattr(self, "parametrizations"):  # PEFT's target_parameters: it would add to the codes
+            names = ", ".join(self.parametrizations)
+            raise NotImplementedError(f"NF4Experts: {names} parametrised, want 4-bit weights as is")
         m, top_k = top_k_index.shape
         flat = top_k_index.reshape(-1)
         order = flat.argsort(stable=True)  # (token, expert) pairs, an expert's together

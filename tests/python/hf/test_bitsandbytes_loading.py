@@ -7,7 +7,11 @@ import warnings
 import pytest
 import torch
 import transformers
-from bitsandbytes_checkpoints import WITHOUT_BITSANDBYTES, save_with_bitsandbytes
+from bitsandbytes_checkpoints import (
+    WITHOUT_BITSANDBYTES,
+    save_with_bitsandbytes,
+    use_other_map,
+)
 from hf_models import tiny_gpt2, tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -86,6 +90,17 @@ def test_any_block_size(tmp_path, block_size, double_quant):
     assert_has_weights(loaded, expected)
     assert loaded.config.quantization_config.block_size == block_size
     assert {layer.block_size for layer in nf4_layers(loaded).values()} == {block_size}
+
+
+def test_a_checkpoint_from_another_kind_of_processor(tmp_path):
+    """Its dynamic map is rounded in another way; that is fp32, so the weights are as well."""
+    before = save_with_bitsandbytes(tiny_llama(), tmp_path / "a")
+    expected = use_other_map(tmp_path / "a")
+    assert not all(same_bits(before[name], weight) for name, weight in expected.items())
+    with pytest.warns(UserWarning, match=r"scales of .* and 13 more layers are by a map"):
+        loaded = load(tmp_path / "a")
+    assert_has_weights(loaded, expected)
+    assert not loaded.config.quantization_config.double_quant
 
 
 def test_shards_whose_border_is_within_a_layer(tmp_path):

@@ -312,6 +312,26 @@ def test_a_dense_checkpoint_on_the_disk_is_refused(checkpoints, tmp_path):
         )
 
 
+def test_an_automatic_device_map_counts_4_bit_bytes(checkpoints, tmp_path):
+    """Too little memory sends layers to the disk: right for a 4-bit checkpoint, else refused."""
+    model = load("llama", checkpoints("llama"))
+    model.save_pretrained(tmp_path / "4-bit")
+    options = {"device_map": "auto", "offload_folder": tmp_path / "offload"}
+    held = model.get_memory_footprint()
+    fits = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "4-bit", max_memory={"cpu": int(held / 0.9) + 10_000}, **options
+    )
+    assert not any(parameter.is_meta for parameter in fits.parameters())
+    options["max_memory"] = {"cpu": int(0.8 * held)}
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "4-bit", **options)
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    assert same_bits(logits(offloaded, "llama"), logits(model, "llama"))
+    with pytest.raises(ValueError, match="puts modules on the disk"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoints("llama"), quantization_config=NF4Config(), **options
+        )
+
+
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_a_4_bit_checkpoint_may_be_left_on_the_disk(kind, checkpoints, tmp_path):
     model = load(kind, checkpoints(kind))

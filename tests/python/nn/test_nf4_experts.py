@@ -165,3 +165,11 @@ def test_a_weight_that_does_not_fit_is_refused(change, message):
     experts = NF4Experts(dense)
     with pytest.raises(ValueError, match=message):
         experts.quantize(change(dense.down_proj.detach()), "down_proj")
+
+
+def test_a_parametrised_weight_is_refused():
+    """PEFT's target_parameters adds LoRA's product to the parameter, whatever that holds."""
+    experts = NF4Experts.from_experts(dense_experts("mixtral"))
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    with pytest.raises(NotImplementedError, match="NF4Experts: down_proj parametrised"):
+        experts(*routed())
