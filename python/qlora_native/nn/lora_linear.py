@@ -14,6 +14,7 @@ from qlora_native.nn.lora_forward import dora_forward, draw_seed, lora_forward
 from qlora_native.nn.nf4_linear import NF4Linear
 from qlora_native.nn.routing import (
     BASE,
+    Names,
     RoutedLayer,
     Routing,
     check_exist,
@@ -209,7 +210,12 @@ class LoRALinear(HeldMerge, RoutedLayer):
         if self.holds_merged:
             return held_forward(self.base, x, self.held_weight)
         self.routing.check_recomputation()
-        names = self.routing.names
+        y = self._forward_of(x, self.routing.names)
+        if len(self._modules["adapters"]._modules) > 1 or self.routing.has_changed:
+            return self.routing.checked(y)
+        return y
+
+    def _forward_of(self, x: Tensor, names: Names) -> Tensor:
         base = self._modules["base"]
         if isinstance(names, tuple):
             return self._forward_of_batch(base, x, names)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from qlora_native import add_lora, quantize_model, set_lora
+from qlora_native import add_lora, delete_lora, quantize_model, set_lora
 from qlora_native.nn.routing import BASE
 from support import assert_near, same_bits
 
@@ -106,13 +106,47 @@ def test_a_checkpoint_inside_what_is_compiled(names):
     expected = results(model, model, x)
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     assert_alike(results(model, compiled, x), expected)
-    # The graph holds its routing: another one after the forward changes nothing.
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    loss = compiled(x).square().sum()
-    set_lora(model, "dora")
-    loss.backward()
-    assert_alike([x.grad, *(p.grad for p in model.parameters())], expected[1:])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+@pytest.mark.parametrize("now", ["b", None, ["a", "b", "b", "a"]], ids=str)
+@pytest.mark.parametrize("only", [False, True], ids=["several", "one"])
+def test_a_checkpoint_around_what_is_compiled(use_reentrant, now, only):
+    model = make_model()
+    if only:
+        if now is not None:
+            pytest.skip("one adapter is in force or not")
+        for name in ("b", "dora"):
+            delete_lora(model, name)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(compiled, x, use_reentrant=use_reentrant)
+
+    x = torch.randn(4, 5, WIDTH)
+    set_lora(model, now)
+    results(model, run, x)  # so that there is a graph for either
+    set_lora(model, "a")
+    expected = results(model, model, x)
+    for _ in range(2):
+        assert_alike(results(model, run, x), expected)
+        loss = run(x.clone().requires_grad_()).square().sum()
+        set_lora(model, now)
+        with pytest.raises(RuntimeError, match="under another routing: set_lora had put 'a'"):
+            loss.backward()
+        set_lora(model, "a")
+
+
+def test_blocks_that_are_compiled_each_share_their_graphs():
+    model = quantize_model(nn.ModuleList(nn.Sequential(nn.Linear(64, 64)) for _ in range(6)))
+    for name in ("a", "b"):
+        add_lora(model, r=4, adapter_name=name)
+    counter = CompileCounter()
+    x = torch.randn(4, WIDTH)
+    for block in model:
+        forward = torch.compile(block, backend=counter, fullgraph=True)
+        assert same_bits(forward(x), block(x))
+    assert counter.frame_count == 1
 
 
 def test_norms_of_dora_may_be_first_wanted_by_a_graph():
