@@ -355,8 +355,8 @@ def test_a_weight_is_measured_in_runs_of_rows(monkeypatch):
     torch.manual_seed(0)  # the same model again
     in_runs = merge_lora(make_model(dtype=torch.bfloat16)).layers
     for one, other in zip(whole, in_runs, strict=True):
-        assert other.lost_norm == pytest.approx(one.lost_norm, rel=1e-12)
-        assert other.update_norm == pytest.approx(one.update_norm, rel=1e-12)
+        assert other.lost_norm == pytest.approx(one.lost_norm, rel=1e-6)
+        assert other.update_norm == pytest.approx(one.update_norm, rel=1e-6)
 
 
 def test_the_worst_layers_come_first():
