@@ -290,6 +290,17 @@ def test_safe_merge_finds_a_nan_and_leaves_the_model_unmerged():
         assert not any(m.merged for m in ours.modules() if isinstance(m, NF4LoraLinear))
 
 
+def test_safe_merge_finds_what_is_finite_in_fp32_alone():
+    model = with_adapter(twins()[0].to(torch.float16), lora(target_modules=["up_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(300.0)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(m.merged for m in model.modules() if isinstance(m, NF4LoraLinear))
+
+
 def test_safe_merge_finds_a_nan_in_a_dense_layer_and_leaves_the_nf4_ones_unmerged():
     ours, _ = peft_twins(lora(target_modules=["q_proj", "lm_head"]))
     with torch.no_grad():
