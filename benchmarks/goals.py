@@ -63,7 +63,6 @@ GOALS = (
     Goal("call overhead, forward", (), (MICROSECONDS,), 15),
     Goal("call overhead, forward + backward", (), (MICROSECONDS,), 75),
     Goal("from_pretrained, dense checkpoint", (), (BNB,), 5),
-    Goal("from_pretrained, bitsandbytes checkpoint", (), (BNB,), 1.0),
     Goal("training step", (), ("bitsandbytes + PEFT",), 1.35),
     Goal("training step", (), ("bf16 + PEFT",), 1.0),
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from support import import_bitsandbytes
@@ -60,6 +61,25 @@ def save_with_bitsandbytes(
                 quant_storage=storage,
             ).to("cpu")
     loaded.save_pretrained(folder, max_shard_size=max_shard_size)
+    return {name: dequantized(bnb, layer.weight) for name, layer in layers.items()}
+
+
+def use_other_map(folder: Path) -> dict[str, Tensor]:
+    """Round the dynamic map of a checkpoint in another way; returns the weights that it then has.
+
+    Torch does so on another kind of processor.
+    """
+    import bitsandbytes as bnb
+    from transformers import AutoModelForCausalLM
+
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("nested_quant_map"):
+            tensor[128:] = tensor[128:].nextafter(torch.tensor(0.0))
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     return {name: dequantized(bnb, layer.weight) for name, layer in layers.items()}
 
 

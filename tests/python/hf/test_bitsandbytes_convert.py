@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes_checkpoints import dequantized, save_with_bitsandbytes
+from bitsandbytes_checkpoints import dequantized, save_with_bitsandbytes, use_other_map
 from hf_models import tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_native import NF4Linear
 from qlora_native.hf import NF4Config
-from qlora_native.hf.bitsandbytes.convert import convert_checkpoint
+from qlora_native.hf.bitsandbytes import convert_checkpoint
 from qlora_native.hf.checkpoint_folder import CheckpointFolder
 from support import over_nesting, same_bits
 
@@ -165,6 +165,16 @@ def test_a_text_models_configuration_within_another(theirs, tmp_path):
     converted = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert converted["text_config"]["quantization_config"]["quant_method"] == "qlora_nf4"
     assert "quantization_config" not in converted
+
+
+def test_scales_by_a_map_of_another_kind_of_processor_are_decoded(tmp_path):
+    save_with_bitsandbytes(tiny_llama(), tmp_path / "theirs")
+    expected = use_other_map(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="are by a map that was computed on another kind"):
+        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    found = dense_weights(tmp_path / "ours")
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[name], weight) for name, weight in expected.items())
 
 
 # ---- a layer at a time

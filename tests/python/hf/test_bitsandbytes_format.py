@@ -1,6 +1,8 @@
 """What bitsandbytes stores of an NF4 weight: read, written, and refused where it is not that."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,14 @@ from qlora_native.hf.bitsandbytes.format import (
     write_weight,
 )
 from qlora_native.hf.bitsandbytes.layers import find_layers, shared_settings
-from support import BLOCK_SIZES, import_bitsandbytes, over_dtypes, over_nesting, same_bits
+from support import (
+    BLOCK_SIZES,
+    import_bitsandbytes,
+    over_dtypes,
+    over_nesting,
+    run_python,
+    same_bits,
+)
 
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 over_storages = pytest.mark.parametrize("storage", STORAGES, ids=lambda d: str(d)[6:])
@@ -191,12 +200,53 @@ def test_nested_parts_of_plain_scales_are_refused():
 @pytest.mark.parametrize("name", [QUANT_MAP, NESTED_QUANT_MAP])
 def test_another_map_is_refused(name):
     changed = parts()
-    changed[name][3] = changed[name][3].nextafter(torch.tensor(1.0))
+    changed[name][3] += 1e-5
     with pytest.raises(ValueError, match=rf"layer\.{name}: is not the .* entry 3 is"):
         read_weight("layer", changed)
     changed[name][3] = torch.nan
     with pytest.raises(ValueError, match=r"entry 3 is nan"):
         read_weight("layer", changed)
+
+
+def test_levels_are_those_to_the_last_bit():
+    changed = parts()
+    changed[QUANT_MAP][3] = changed[QUANT_MAP][3].nextafter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"layer\.weight\.quant_map: is not the NF4 levels"):
+        read_weight("layer", changed)
+
+
+def test_scales_are_decoded_by_the_map_that_they_are_by(bnb):
+    """Torch rounds bitsandbytes' dynamic map in another way on a processor without AVX2."""
+    done = run_python(
+        "from support import import_bitsandbytes\n"
+        "with import_bitsandbytes(): from bitsandbytes.functional import create_dynamic_map\n"
+        "print(create_dynamic_map(signed=True).tolist())\n",
+        ATEN_CPU_CAPABILITY="default",
+        PYTHONPATH=os.pathsep.join(sys.path),
+    )
+    other = torch.tensor(json.loads(done.stdout))
+    if same_bits(other, bnb_format.dynamic_map()):  # not an x86 processor
+        other[200] = other[200].nextafter(torch.tensor(1.0))
+    w = torch.randn(64, 1024)
+    whole = stored_by_bitsandbytes(bnb, w) | {NESTED_QUANT_MAP: other}
+    state = bnb.functional.QuantState.from_dict(
+        {name: part for name, part in whole.items() if name != WEIGHT}, torch.device("cpu")
+    )
+    theirs = bnb.functional.dequantize_4bit(whole[WEIGHT], state)
+    ours = read_weight("layer", whole)
+    assert ours.tensors.nested_absmax is None
+    assert same_bits(NF4Weight(ours.tensors, w.shape).dequantize(), theirs)
+    # It shows in the weights: by this library's map they would be others.
+    by_ours = read_weight("layer", whole | {NESTED_QUANT_MAP: bnb_format.dynamic_map()})
+    assert not torch.equal(NF4Weight(by_ours.tensors, w.shape).dequantize(), theirs)
+
+
+def test_nested_scales_can_be_decoded():
+    nested = nf4_quantize(torch.randn(33, 1000), 32)
+    whole = write_weight(StoredWeight(nested.tensors, torch.float32, torch.uint8))
+    plain = read_weight("layer", whole, keep_nested=False).tensors
+    assert plain.nested_absmax is None
+    assert same_bits(NF4Weight(plain, nested.shape).dequantize(), nested.dequantize())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -7,7 +7,11 @@ import warnings
 import pytest
 import torch
 import transformers
-from bitsandbytes_checkpoints import WITHOUT_BITSANDBYTES, save_with_bitsandbytes
+from bitsandbytes_checkpoints import (
+    WITHOUT_BITSANDBYTES,
+    save_with_bitsandbytes,
+    use_other_map,
+)
 from hf_models import tiny_gpt2, tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -88,6 +92,17 @@ def test_any_block_size(tmp_path, block_size, double_quant):
     assert {layer.block_size for layer in nf4_layers(loaded).values()} == {block_size}
 
 
+def test_a_checkpoint_from_another_kind_of_processor(tmp_path):
+    """Its dynamic map is rounded in another way; that is fp32, so the weights are as well."""
+    before = save_with_bitsandbytes(tiny_llama(), tmp_path / "a")
+    expected = use_other_map(tmp_path / "a")
+    assert not all(same_bits(before[name], weight) for name, weight in expected.items())
+    with pytest.warns(UserWarning, match=r"scales of .* and 13 more layers are by a map"):
+        loaded = load(tmp_path / "a")
+    assert_has_weights(loaded, expected)
+    assert not loaded.config.quantization_config.double_quant
+
+
 def test_shards_whose_border_is_within_a_layer(tmp_path):
     expected = save_with_bitsandbytes(
         tiny_llama(torch.bfloat16), tmp_path / "a", max_shard_size="10KB"
@@ -111,6 +126,18 @@ def test_logits_are_those_of_the_dequantised_model(checkpoint):
     torch.testing.assert_close(
         loaded(tokens).logits, dense(tokens).logits, rtol=2.0**-7, atol=2.0**-7
     )
+
+
+def test_layers_that_are_offloaded_to_the_disk(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    tokens = torch.arange(24).view(2, 12)
+    expected = load(folder)(tokens).logits
+    devices = dict.fromkeys(["embed_tokens", "layers.0", "norm", "rotary_emb"], "cpu")
+    devices = {f"model.{name}": device for name, device in devices.items()}
+    devices |= {"model.layers.1": "disk", "lm_head": "cpu"}
+    offloaded = load(folder, device_map=devices, offload_folder=tmp_path / "disk")
+    assert offloaded.model.layers[1].mlp.up_proj.weight.is_meta
+    assert torch.equal(offloaded(tokens).logits, expected)
 
 
 def test_a_gpt2_whose_layers_are_transposed(tmp_path):
@@ -221,7 +248,8 @@ def test_a_setting_that_the_checkpoint_contradicts_is_warned_of(checkpoint, sett
 def test_it_is_saved_as_one_of_ours_and_has_no_trace_of_bitsandbytes(checkpoint, tmp_path):
     folder, expected = checkpoint
     loaded = load(folder)
-    assert type(loaded.hf_quantizer) is NF4HfQuantizer
+    assert isinstance(loaded.hf_quantizer, NF4HfQuantizer)
+    assert loaded.hf_quantizer.get_weight_conversions() == []  # as for an adapter
     assert loaded.quantization_method == NF4Config().quant_method
     loaded.save_pretrained(tmp_path / "ours")
     assert "bitsandbytes" not in (tmp_path / "ours" / "config.json").read_text()
@@ -231,12 +259,15 @@ def test_it_is_saved_as_one_of_ours_and_has_no_trace_of_bitsandbytes(checkpoint,
         assert same_bits(again.get_parameter(name).data, parameter.data)
 
 
-def test_it_dequantises(checkpoint):
+def test_it_dequantises_to_a_model_that_is_saved_as_any_other(checkpoint, tmp_path):
     folder, expected = checkpoint
     dense = load(folder).dequantize()
+    assert not hasattr(dense.config, "quantization_config")
+    dense.save_pretrained(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     for name, weight in expected.items():
         assert same_bits(dense.get_submodule(name).weight.data, weight)
-    assert not hasattr(dense.config, "quantization_config")
+        assert same_bits(again.get_submodule(name).weight.data, weight)
 
 
 # ---- with and without bitsandbytes
@@ -251,29 +282,28 @@ def test_plain_from_pretrained_stays_bitsandbytes_where_it_is_installed(checkpoi
 
 
 LOAD_AND_STORE = """
-import qlora_native.hf
 from qlora_native import NF4Linear
+from qlora_native.hf import NF4Config
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({folder!r}{settings})
-layers = [(n, m) for n, m in model.named_modules() if isinstance(m, NF4Linear)]
-save_file({{name: layer.dequantize(model.dtype) for name, layer in layers}}, {to!r})
+for way, settings in (("plain", {{}}), ("config", {{"quantization_config": NF4Config()}})):
+    model = AutoModelForCausalLM.from_pretrained({folder!r}, **settings)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, NF4Linear)]
+    dense = {{name: layer.dequantize(model.dtype) for name, layer in layers}}
+    save_file(dense, {to!r} + "/" + way)
 assert sys.modules["bitsandbytes"] is None
 """
 
 
-@pytest.mark.parametrize(
-    "settings", ["", ", quantization_config=qlora_native.hf.NF4Config()"], ids=["plain", "config"]
-)
-def test_it_loads_without_bitsandbytes(checkpoint, tmp_path, settings):
+def test_it_loads_without_bitsandbytes(checkpoint, tmp_path):
     folder, expected = checkpoint
-    to = str(tmp_path / "dense.safetensors")
-    code = LOAD_AND_STORE.format(folder=str(folder), settings=settings, to=to)
+    code = LOAD_AND_STORE.format(folder=str(folder), to=str(tmp_path))
     done = run_python(WITHOUT_BITSANDBYTES + code)
     assert done.returncode == 0, done.stderr
-    found = load_file(to)
-    assert found.keys() == expected.keys()
-    assert all(same_bits(found[name], weight) for name, weight in expected.items())
+    for way in ("plain", "config"):
+        found = load_file(tmp_path / way)
+        assert found.keys() == expected.keys()
+        assert all(same_bits(found[name], weight) for name, weight in expected.items())
 
 
 # ---- what is refused

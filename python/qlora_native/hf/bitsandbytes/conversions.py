@@ -12,14 +12,12 @@ from qlora_native.hf.bitsandbytes.config import (
     to_nf4_config,
 )
 from qlora_native.hf.bitsandbytes.format import (
-    QUANT_STATE,
     StoredWeight,
     read_weight,
     write_weight,
 )
-from qlora_native.hf.bitsandbytes.layers import Layer, find_layers, shared_settings
+from qlora_native.hf.bitsandbytes.layers import Layer, find_layers, read_states
 from qlora_native.hf.bitsandbytes.linear_shapes import LinearShapes
-from qlora_native.hf.bitsandbytes.quant_state import read_quant_state
 from qlora_native.hf.checkpoint_folder import CheckpointFolder
 from qlora_native.hf.config import NF4Config
 from qlora_native.hf.safetensors_files import TensorSpec, spec_of
@@ -54,26 +52,24 @@ class ToNF4:
         self._folder = folder
         self._config = check_config(stored)
         self.layers = find_layers(folder.file_of)
-        self._states = {}
-        for layer in self.layers:
-            name = f"{layer.name}.{QUANT_STATE}"
-            self._states[layer.name] = read_quant_state(name, folder.load(name))
-        self._settings = shared_settings(self._states)
+        self._states = read_states(self.layers, folder.load)
 
     def specs(self, layer: Layer) -> dict[str, TensorSpec]:
         """See Conversion."""
-        state = self._states[layer.name]
-        tensors = empty_nf4_tensors(state.n, state.k, *self._settings, device="meta")
+        (states, block_size, keep_nested) = self._states
+        state = states[layer.name]
+        tensors = empty_nf4_tensors(state.n, state.k, block_size, keep_nested, device="meta")
         return {name: spec_of(tensor) for name, tensor in by_parameter(tensors).items()}
 
     def convert(self, layer: Layer) -> dict[str, Tensor]:
         """See Conversion."""
         parts = {part: self._folder.load(f"{layer.name}.{part}") for part in layer.parts}
-        return by_parameter(read_weight(layer.name, parts).tensors)
+        return by_parameter(read_weight(layer.name, parts, self._states.keep_nested).tensors)
 
     def quantization_config(self) -> dict[str, Any]:
         """See Conversion."""
-        return to_nf4_config(self._config, *self._settings).to_dict()
+        states = self._states
+        return to_nf4_config(self._config, states.block_size, states.keep_nested).to_dict()
 
 
 class ToBitsAndBytes:

@@ -10,7 +10,9 @@ Under a layer's name, with blocks = ceil(n * k / blocksize):
     weight.quant_state.bitsandbytes__nf4   uint8, what `quant_state` describes
 
 Codes and scales are this library's, byte for byte. The two maps are the same for every weight, and
-here they are checked, for this library has no others.
+here they are checked, for this library has no others. The dynamic map is computed by bitsandbytes
+with torch where the weight is quantised, and torch rounds some of its entries in another way on a
+processor without AVX2. Scales by such a map are decoded by it, and are plain here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,6 +38,9 @@ NESTED_PARTS = (WEIGHT, ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP, QUAN
 FP4_STATE = "quant_state.bitsandbytes__fp4"
 INT8_SCALES = "SCB"
 
+# Twice what torch's linspace has been seen to differ by, in units in the last place.
+_MAP_ULPS = 4
+
 # bitsandbytes' `quant_storage`: FSDP wants all parameters to have one dtype, so that the codes'
 # bytes may be stored as numbers of it.
 STORAGE_DTYPES = (
@@ -56,12 +61,14 @@ class StoredWeight(NamedTuple):
     storage: torch.dtype  # that the codes' bytes are stored as
 
 
-def read_weight(layer: str, parts: Mapping[str, Tensor]) -> StoredWeight:
+def read_weight(layer: str, parts: Mapping[str, Tensor], keep_nested: bool = True) -> StoredWeight:
     """The weight of a layer; the codes share the memory of the part that they come from.
 
     Args:
         layer: its name, for messages.
         parts: its tensors by the names above.
+        keep_nested: leave nested scales as they are, if they are by this library's dynamic map;
+            False: decode them, which gives the same weights.
 
     Raises:
         ValueError: a part is missing, or is not what the format wants.
@@ -106,8 +113,10 @@ def read_weight(layer: str, parts: Mapping[str, Tensor]) -> StoredWeight:
     _check_finite(f"{layer}.{ABSMAX}", parts[ABSMAX])
     if is_nested:
         name = f"{layer}.{NESTED_QUANT_MAP}"
-        _check_map(name, parts[NESTED_QUANT_MAP], dynamic_map(), "the signed dynamic map")
         _check_finite(f"{layer}.{NESTED_ABSMAX}", parts[NESTED_ABSMAX])
+        if not is_our_dynamic_map(name, parts[NESTED_QUANT_MAP]) or not keep_nested:
+            parts = {**parts, ABSMAX: _decoded_scales(parts, state)}
+            state = state._replace(nested_offset=None)
     return StoredWeight(_our_tensors(parts, state), state.dtype, storage)
 
 
@@ -155,6 +164,21 @@ def check_is_nf4(names: Iterable[str]) -> None:
             raise NotImplementedError(f"{name}: is of an LLM.int8() weight, want NF4")
 
 
+def is_our_dynamic_map(name: str, stored: Tensor) -> bool:
+    """Whether a nested_quant_map has this library's bits; False: it is rounded in another way.
+
+    Raises:
+        ValueError: it is another map; `name` is its.
+    """
+    stored = stored.cpu()
+    if stored.dtype != torch.float32 or list(stored.shape) != [256]:
+        raise ValueError(f"{name}: is {stored.dtype} {list(stored.shape)}, want float32 [256]")
+    distance = (stored.view(torch.int32).long() - dynamic_map().view(torch.int32).long()).abs()
+    if distance.max() > _MAP_ULPS:
+        _check_map(name, stored, dynamic_map(), "the signed dynamic map")
+    return not bool(distance.any())
+
+
 @cache
 def nf4_levels() -> Tensor:
     """fp32 [16], as the core decodes the codes 0 to 15."""
@@ -174,6 +198,15 @@ def dynamic_map() -> Tensor:
     _as_float32(tensors.nested_absmax, copy=False).fill_(1.0)
     _as_float32(tensors.nested_offset, copy=False).fill_(0.0)
     return ops.dequantize_absmax(tensors)
+
+
+def _decoded_scales(parts: Mapping[str, Tensor], state: QuantState) -> Tensor:
+    """fp32 [blocks]: map[code] * nested_absmax + offset, as bitsandbytes rounds it."""
+    scales = parts[NESTED_QUANT_MAP][parts[ABSMAX].long()]
+    groups = parts[NESTED_ABSMAX].repeat_interleave(NESTED_BLOCK)[: state.blocks]
+    return scales.mul_(groups).add_(
+        torch.tensor(state.nested_offset, dtype=torch.float32, device="cpu")
+    )
 
 
 def _our_tensors(parts: Mapping[str, Tensor], state: QuantState) -> NF4Tensors:

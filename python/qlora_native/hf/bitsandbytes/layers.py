@@ -1,10 +1,19 @@
 """Which layers of a bitsandbytes checkpoint are in 4 bits, by the names of its tensors."""
 
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from qlora_native.hf.bitsandbytes.format import NESTED_PARTS, QUANT_STATE, check_is_nf4
-from qlora_native.hf.bitsandbytes.quant_state import QuantState
+from torch import Tensor
+
+from qlora_native.hf.bitsandbytes.format import (
+    NESTED_PARTS,
+    NESTED_QUANT_MAP,
+    QUANT_STATE,
+    check_is_nf4,
+    is_our_dynamic_map,
+)
+from qlora_native.hf.bitsandbytes.quant_state import QuantState, read_quant_state
 
 
 class Layer(NamedTuple):
@@ -39,6 +48,40 @@ def find_layers(names: Collection[str]) -> list[Layer]:
         if name.endswith(scales):
             raise ValueError(f"{name}: its weight has no quant_state in the checkpoint")
     return layers
+
+
+class States(NamedTuple):
+    """How the layers of a checkpoint are stored."""
+
+    of: dict[str, QuantState]  # by layer
+    block_size: int  # of all
+    keep_nested: bool  # whether the scales of all are nested, and can stay so
+
+
+def read_states(layers: Iterable[Layer], load: Callable[[str], Tensor]) -> States:
+    """What the checkpoint says of its layers; `load` gives a tensor by name.
+
+    Raises:
+        ValueError: that is not what bitsandbytes writes of NF4 weights of one kind.
+        NotImplementedError: a weight is of another kind of quantisation.
+    """
+    states, with_other_maps = {}, []
+    for layer in layers:
+        name = f"{layer.name}.{QUANT_STATE}"
+        states[layer.name] = read_quant_state(name, load(name))
+        if NESTED_QUANT_MAP in layer.parts:
+            name = f"{layer.name}.{NESTED_QUANT_MAP}"
+            if not is_our_dynamic_map(name, load(name)):
+                with_other_maps.append(layer.name)
+    block_size, is_nested = shared_settings(states)
+    if with_other_maps:
+        warnings.warn(
+            f"the nested scales of {with_other_maps[0]} and {len(with_other_maps) - 1} more layers "
+            "are by a map that was computed on another kind of processor, with other roundings; "
+            "all scales are decoded, to the same weights, and take 32 bits instead of 8",
+            stacklevel=2,
+        )
+    return States(states, block_size, is_nested and not with_other_maps)
 
 
 def shared_settings(states: Mapping[str, QuantState]) -> tuple[int, bool]:

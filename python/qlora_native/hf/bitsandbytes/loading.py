@@ -4,27 +4,27 @@ Which quantiser loads a checkpoint transformers decides by its config.json, and 
 configuration that `from_pretrained` is given be of the same class. `install` steps in there.
 """
 
+import contextlib
 import functools
 import inspect
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_native.hf.bitsandbytes.config import check_config, is_bitsandbytes, to_nf4_config
-from qlora_native.hf.bitsandbytes.format import NESTED_PARTS, QUANT_STATE, WEIGHT, read_weight
-from qlora_native.hf.bitsandbytes.layers import find_layers, shared_settings
-from qlora_native.hf.bitsandbytes.quant_state import QuantState, read_quant_state
+from qlora_native.hf.bitsandbytes.format import NESTED_PARTS, WEIGHT, read_weight
+from qlora_native.hf.bitsandbytes.layers import States, find_layers, read_states
 from qlora_native.hf.checkpoint import tensor_dtypes
 from qlora_native.hf.config import QUANT_METHOD, NF4Config
 from qlora_native.hf.quantizer import NF4HfQuantizer
@@ -57,10 +57,9 @@ class BitsAndBytesLoader(NF4HfQuantizer):
     library's, and is saved as one.
     """
 
-    serialized_names: ClassVar[dict[str, list[str]]] = {WEIGHT: list(NESTED_PARTS)}
-
     def __init__(self, quantization_config: BitsAndBytesCheckpoint, **kwargs: Any) -> None:
         self._stored, self._given = quantization_config.stored, quantization_config.given
+        self._is_loading = True
         self._layers: set[str] = set()
         self._dtype_plan: dict[str, torch.dtype] = {}
         # The size of the blocks is not in config.json, but in the files.
@@ -68,25 +67,27 @@ class BitsAndBytesLoader(NF4HfQuantizer):
         if self._given is not None and self._given.compute_dtype is not None:
             self.quantization_config.compute_dtype = self._given.compute_dtype
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """The operation that the loader runs on the tensors of each weight."""
-        return {"deserialize": ReadWeight}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """What the loader does with the tensors of each weight; nothing once the model is there."""
+        # The longest name first: transformers takes the first that a tensor's begins with.
+        parts = sorted(NESTED_PARTS, key=len, reverse=True)
+        return [WeightConverter(parts, WEIGHT, [ReadWeight(self)])] if self._is_loading else []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        states = _quant_states(checkpoint_files)
+        states = _read_states(checkpoint_files)
         config = self.quantization_config
-        config.block_size, config.double_quant = shared_settings(states)
+        config.block_size, config.double_quant = states.block_size, states.keep_nested
         _warn_of_other_settings(self._given, config)
-        self._layers = _renamed(states, model)
+        self._layers = _renamed(states.of, model)
         self._dtype_plan = model._get_dtype_plan(kwargs.get("dtype"))
         super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
         placed = {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-        if len(placed) < len(states):
+        if len(placed) < len(states.of):
             warnings.warn(
-                f"{type(model).__name__} takes {len(placed)} of the {len(states)} layers that the "
-                "bitsandbytes checkpoint has in 4 bits",
+                f"{type(model).__name__} takes {len(placed)} of the {len(states.of)} layers that "
+                "the bitsandbytes checkpoint has in 4 bits",
                 stacklevel=2,
             )
         if experts := [name for name, module in model.named_modules() if is_experts(module)]:
@@ -108,15 +109,14 @@ class BitsAndBytesLoader(NF4HfQuantizer):
         return model.get_parameter_or_buffer(name).dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self._check_loaded(model)
         # For saving, transformers would turn the operation round, and for an adapter run it again.
+        self._is_loading = False
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
             if not any(isinstance(op, ReadWeight) for op in getattr(conversion, "operations", ()))
         ]
-        NF4HfQuantizer(self.quantization_config, pre_quantized=True).attach(model)
-        return model
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
 
 class ReadWeight(ConversionOps):
@@ -163,7 +163,7 @@ class ReadWeight(ConversionOps):
         module = model.get_submodule(layer)
         if not isinstance(module, NF4Linear):
             raise ValueError(f"is in 4 bits, want a dense weight for a {type(module).__name__}")
-        weight = read_weight(layer, parts).tensors
+        weight = read_weight(layer, parts, module.double_quant).tensors
         if (weight.n, weight.k) != module.weight_shape:
             raise ValueError(
                 f"is of a layer {[weight.n, weight.k]}, want {list(module.weight_shape)}"
@@ -181,7 +181,7 @@ def install() -> None:
         ImportError: this version of transformers decides in another place.
     """
     original = AutoHfQuantizer.merge_quantization_configs
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "_gives_to", None) is BitsAndBytesLoader:
         return
     if list(inspect.signature(original).parameters) != _WRAPPED:
         raise ImportError(
@@ -202,23 +202,24 @@ def install() -> None:
             return BitsAndBytesCheckpoint(check_config(quantization_config), given)
         return original(quantization_config, given)
 
+    merge_quantization_configs._gives_to = BitsAndBytesLoader  # type: ignore[attr-defined]
     AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
 
 
-def _quant_states(files: Iterable[str] | None) -> dict[str, QuantState]:
+def _read_states(files: Iterable[str] | None) -> States:
     """What the files say of each layer in 4 bits."""
     files = None if files is None else list(files)
     names = tensor_dtypes(files)
     if names is None or files is None:
         raise ValueError(f"a bitsandbytes checkpoint is read from safetensors files, not {files}")
-    wanted = {f"{layer.name}.{QUANT_STATE}": layer.name for layer in find_layers(names)}
-    states = {}
-    for file in files:
+    with contextlib.ExitStack() as stack:
         # transformers makes the model on the meta device, and has that set while we are asked.
-        with torch.device("cpu"), safe_open(file, framework="pt", device="cpu") as opened:
-            for name in wanted.keys() & set(opened.keys()):
-                states[wanted[name]] = read_quant_state(name, opened.get_tensor(name))
-    return states
+        stack.enter_context(torch.device("cpu"))
+        opened = [
+            stack.enter_context(safe_open(file, framework="pt", device="cpu")) for file in files
+        ]
+        file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        return read_states(find_layers(names), lambda name: file_of[name].get_tensor(name))
 
 
 def _renamed(layers: Iterable[str], model: Any) -> set[str]:
