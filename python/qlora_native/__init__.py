@@ -6,6 +6,7 @@ from qlora_native.nf4_weight import NF4Weight, nf4_dequantize, nf4_quantize
 from qlora_native.nn import (
     LoRAAdapter,
     LoRALinear,
+    MergeReport,
     NF4Linear,
     add_lora,
     count_parameters,
@@ -14,6 +15,7 @@ from qlora_native.nn import (
     print_trainable_parameters,
     quantize_model,
     set_lora,
+    unmerge_lora,
 )
 from qlora_native.optim import PagedAdamW, PagedAdamW8bit
 
@@ -22,6 +24,7 @@ __version__: str = _core.build_info()["version"]
 __all__ = [
     "LoRAAdapter",
     "LoRALinear",
+    "MergeReport",
     "NF4Linear",
     "NF4Weight",
     "PagedAdamW",
@@ -37,4 +40,5 @@ __all__ = [
     "print_trainable_parameters",
     "quantize_model",
     "set_lora",
+    "unmerge_lora",
 ]

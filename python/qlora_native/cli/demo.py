@@ -163,15 +163,15 @@ def deliver(
     held_out = [function.to_example() for function in task.held_out]
     trained = logits_on(model, task)
     reloaded = logits_on(fresh_model, task)
-    merged_model = merge_lora(fresh_model)
-    merged = logits_on(merged_model, task)
+    merge_lora(fresh_model)
+    merged = logits_on(fresh_model, task)
     return Delivery(
         samples=samples,
         adapter_bytes=sum((output / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)),
         largest_logit=trained.abs().max().item(),
         reload_difference=(reloaded - trained).abs().max().item(),
         merge_difference=(merged - trained).abs().max().item(),
-        merged_loss=held_out_loss(merged_model, held_out, EVALUATION_BATCH_SIZE),
+        merged_loss=held_out_loss(fresh_model, held_out, EVALUATION_BATCH_SIZE),
     )
 
 

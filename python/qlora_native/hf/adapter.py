@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from qlora_native.hf.adapter_config import AdapterConfig, AdapterSettings, config_of
 from qlora_native.hf.adapter_files import read_config, read_tensors, write_adapter
 from qlora_native.nn import LoRAAdapter, LoRALinear
-from qlora_native.nn.add_lora import adapter_names, check_has_no_peft_layers, put_adapters
+from qlora_native.nn.add_lora import adapter_names, check_may_change, put_adapters
 from qlora_native.nn.lora_adapter import check_adapter_name, check_lora_arguments
 from qlora_native.nn.model import Layers, lora_layers, modules_with_names
 from qlora_native.nn.routing import check_exist
+from qlora_native.nn.wrapping import check_not_distributed, plain_name, unwrapped
+from qlora_native.sharding import copy_whole, gathered, on_first_rank
 
 # The parameters of a LoRAAdapter, with the ends of their keys.
 _KEY_ENDS = {
@@ -66,6 +68,7 @@ def save_lora(
             one value for all, or PEFT's matching of names would hit more modules than those that
             have the adapter. No file is then written.
     """
+    model = unwrapped(model)
     layers = dict(lora_layers(model))
     existing = {name for layer in layers.values() for name in layer.lora_names()}
     if not existing:
@@ -84,12 +87,13 @@ def save_lora(
         if adapter_name in layer.adapters
     }
     config = config_of(model, adapters, base_model_name_or_path)
-    tensors = {
-        f"base_model.model.{name}.{_KEY_ENDS[parameter_name]}": _whole(parameter)
+    parameters = {
+        f"base_model.model.{name}.{_KEY_ENDS[parameter_name]}": parameter
         for name, adapter in adapters.items()
         for parameter_name, parameter in adapter.named_parameters()
     }
-    write_adapter(Path(directory), tensors, config)
+    tensors = {key: gathered(parameter) for key, parameter in parameters.items()}
+    on_first_rank(parameters.values(), lambda: write_adapter(Path(directory), tensors, config))
 
 
 def load_lora(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> nn.Module:
@@ -116,11 +120,12 @@ def load_lora(model: nn.Module, directory: str | Path, adapter_name: str = "defa
             the model; the message lists what differs. The model is then as it was.
     """
     directory = Path(directory)
-    check_has_no_peft_layers("load_lora", model)
+    wrapped, model = model, unwrapped(model)
+    check_may_change("load_lora", model)
     if adapter_name not in adapter_names(model):
         check_adapter_name("load_lora", adapter_name)
     config = AdapterConfig(read_config(directory), directory)
-    saved, differences = _layers_of_file(read_tensors(directory), config)
+    saved, differences = layers_of_file(read_tensors(directory), config)
     equipped = {name: layer for name, layer in lora_layers(model) if adapter_name in layer.adapters}
     is_new = not equipped
     for name, layer in saved.items():
@@ -132,20 +137,14 @@ def load_lora(model: nn.Module, directory: str | Path, adapter_name: str = "defa
             f"load_lora: {directory} does not fit the model:\n  " + "\n  ".join(differences)
         )
     if is_new:
+        check_not_distributed("load_lora", wrapped)
         _put_new(model, adapter_name, targets, saved)
     with torch.no_grad():
         for name, layer in saved.items():
             adapter = model.get_submodule(name).adapters[adapter_name]
             for parameter_name, parameter in adapter.named_parameters():
-                parameter.copy_(layer.tensors[parameter_name])
-    return model
-
-
-def _whole(parameter: nn.Parameter) -> Tensor:
-    """A parameter on the CPU; one that FSDP2 has sharded is gathered, which every rank must do."""
-    full_tensor = getattr(parameter.detach(), "full_tensor", None)
-    tensor: Tensor = parameter.detach() if full_tensor is None else full_tensor()
-    return tensor.cpu().contiguous()
+                copy_whole(layer.tensors[parameter_name], into=parameter)
+    return wrapped
 
 
 def _put_new(
@@ -154,7 +153,7 @@ def _put_new(
     settings = {
         module: saved[name].settings
         for module, names in targets.items()
-        for name in names
+        for name in map(plain_name, names)
         if name in saved
     }
 
@@ -171,15 +170,15 @@ def _modules_of(
     model: nn.Module, saved: Mapping[str, _SavedLayer], differences: list[str]
 ) -> Layers:
     """The modules that the file speaks of, with all their names; a line for what is twice in it."""
-    modules = {module for name, module in model.named_modules() if name in saved}
+    modules = {module for name, module in model.named_modules() if plain_name(name) in saved}
     shared = modules_with_names(model, lambda module: module in modules)
     for names in shared.values():
-        if len(in_file := [name for name in names if name in saved]) > 1:
+        if len(in_file := [name for name in map(plain_name, names) if name in saved]) > 1:
             differences.append(f"{', '.join(in_file)}: one layer of the model, twice in the file")
     return shared
 
 
-def _layers_of_file(
+def layers_of_file(
     tensors: Mapping[str, Tensor], config: AdapterConfig
 ) -> tuple[dict[str, _SavedLayer], list[str]]:
     """What the file has for each layer, by its name, and a line for all that makes no layer."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from qlora_native.hf.adapter_files import CONFIG_FILE
 from qlora_native.nn import LoRAAdapter
+from qlora_native.nn.wrapping import plain_name
 
 # Settings of PEFT that change what an adapter computes, with the value at which they do not. An
 # adapter that has another is refused: loaded as plain LoRA it would compute something else.
@@ -234,9 +235,10 @@ def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
 
     PEFT takes every module whose name is a target or ends in a dot and a target.
     """
-    lora_layers = [name for name, module in model.named_modules() if hasattr(module, "lora_names")]
+    modules = [(plain_name(name), module) for name, module in model.named_modules()]
+    lora_layers = [name for name, module in modules if hasattr(module, "lora_names")]
     inside = tuple(f"{name}." for name in lora_layers)
-    names = [name for name, _ in model.named_modules() if not name.startswith(inside)]
+    names = [name for name, _ in modules if not name.startswith(inside)]
 
     def found(targets: Collection[str]) -> set[str]:
         return {

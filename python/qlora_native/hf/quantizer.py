@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from qlora_native import _core
 from qlora_native.hf.checkpoint import tensor_dtypes
 from qlora_native.hf.config import QUANT_METHOD, NF4Config
+from qlora_native.hf.dense import forget_quantization
 from qlora_native.hf.layers import (
     check_skip,
     default_skip,
@@ -48,7 +49,7 @@ class NF4HfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.problems: dict[str, str] = {}  # by parameter
-        self._conversions: Any = None
+        self.dense_conversions: Any = None
         self._model: weakref.ref[nn.Module] | None = None
         self._expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
 
@@ -184,7 +185,7 @@ class NF4HfQuantizer(HfQuantizer):
         self._model = weakref.ref(model)
         # transformers saves under the names of the checkpoint that it read, and takes apart what it
         # put together: the codes of experts, say, without their scales.
-        self._conversions = getattr(model, "_weight_conversions", None)
+        self.dense_conversions = getattr(model, "_weight_conversions", None)
         model._weight_conversions = []
 
     def attach(self, model: Any) -> None:
@@ -243,15 +244,11 @@ class NF4HfQuantizer(HfQuantizer):
             dense = layer.to_dense(dtype).requires_grad_(is_trained)
             move_hook(layer, dense)
             replace_module(model, names, dense)
-        model._weight_conversions = self._conversions
         return model if dtype == model.dtype else model.to(dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
         """Leave no trace of the quantiser in the model or its configurations."""
-        super().remove_quantization_config(model)
-        for module in model.modules():
-            if hasattr(getattr(module, "config", None), "_is_quantized"):
-                del module.config._is_quantized
+        forget_quantization(model)
 
 
 class NF4Quantize(ConversionOps):

@@ -3,9 +3,10 @@
 from qlora_native.nn.add_lora import add_lora, delete_lora
 from qlora_native.nn.lora_adapter import LoRAAdapter
 from qlora_native.nn.lora_linear import LoRALinear
+from qlora_native.nn.merge import merge_lora, unmerge_lora
+from qlora_native.nn.merge_report import MergeReport
 from qlora_native.nn.model import (
     count_parameters,
-    merge_lora,
     print_trainable_parameters,
     quantize_model,
 )
@@ -16,6 +17,7 @@ from qlora_native.nn.routing import set_lora
 __all__ = [
     "LoRAAdapter",
     "LoRALinear",
+    "MergeReport",
     "NF4Experts",
     "NF4Linear",
     "add_lora",
@@ -25,4 +27,5 @@ __all__ = [
     "print_trainable_parameters",
     "quantize_model",
     "set_lora",
+    "unmerge_lora",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_native.nn.held_merge import HeldMerge, held_forward
 from qlora_native.nn.lora_adapter import LoRAAdapter, check_adapter_name, check_lora_arguments
 from qlora_native.nn.lora_forward import dora_forward, draw_seed, lora_forward
 from qlora_native.nn.nf4_linear import NF4Linear
@@ -24,7 +25,7 @@ from qlora_native.ops.lora import LoRAFactors
 from qlora_native.ops.lora_groups import LoRAGroup
 
 
-class LoRALinear(nn.Module, RoutedLayer):
+class LoRALinear(HeldMerge, RoutedLayer):
     """y = base(x) + scaling · (dropout(x) · Aᵀ) · Bᵀ, as one autograd node.
 
     LoRA is by Hu et al. 2021, section 4.1. With `use_dora` (Liu et al. 2024, section 4) the sum of
@@ -136,6 +137,11 @@ class LoRALinear(nn.Module, RoutedLayer):
         """The names of the adapters."""
         return self.adapters.keys()
 
+    def check_unmerged(self, operation: str) -> None:
+        """Raise ValueError if the layer holds a merged weight: a change would have no effect."""
+        if self.holds_merged:
+            raise ValueError(f"{operation}: adapters are merged; call unmerge_lora first")
+
     # ---- the one adapter, where there is one
 
     def _only_adapter(self) -> LoRAAdapter:
@@ -200,6 +206,8 @@ class LoRALinear(nn.Module, RoutedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x[..., in_features] -> y[..., out_features], in the dtype that the base would give."""
+        if self.holds_merged:
+            return held_forward(self.base, x, self.held_weight)
         self.routing.check_recomputation()
         names = self.routing.names
         base = self._modules["base"]

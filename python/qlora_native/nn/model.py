@@ -11,6 +11,7 @@ from torch import nn
 from qlora_native.nn.lora_linear import LoRALinear
 from qlora_native.nn.nf4_experts import NF4Experts, is_experts
 from qlora_native.nn.nf4_linear import NF4Linear
+from qlora_native.nn.wrapping import check_not_distributed, plain_name
 
 Progress = Callable[[int, int, str], None]
 
@@ -47,6 +48,7 @@ def quantize_model(
             weight is shared with another module (quantising it would untie them), or a weight has a
             NaN or Inf (the layers before it are quantised).
     """
+    check_not_distributed("quantize_model", model)
     if isinstance(skip, str):
         raise ValueError(f"quantize_model: skip is {skip!r}, want a list of names")
     names = [name for name, _ in model.named_modules()]
@@ -88,26 +90,6 @@ def quantize_model(
         if progress is not None:
             progress(done, done + len(targets), name)
     _tell_transformers(model, block_size, double_quant, compute_dtype, skip)
-    return model
-
-
-def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every LoRALinear by a dense `nn.Linear` with W + scaling · B · A, in place.
-
-    W is what was trained against: the dequantised weight where the base is NF4. The sum is done in
-    fp32 and rounded once to `dtype`. None: a dense base's own dtype; for an NF4 base that of its
-    bias or else of the model's first parameter that is neither 4-bit nor a LoRA factor.
-
-    Raises:
-        ValueError: the model has no LoRALinear.
-    """
-    layers = modules_with_names(model, lambda module: isinstance(module, LoRALinear))
-    if not layers:
-        raise ValueError("merge_lora: the model has no LoRALinear")
-    check_not_root("merge_lora", model, layers)
-    model_dtype = _model_dtype(model)
-    for layer, names in layers.items():
-        replace_module(model, names, _merged(layer, dtype or _base_dtype(layer, model_dtype)))
     return model
 
 
@@ -218,36 +200,10 @@ def replace_module(model: nn.Module, names: Iterable[str], new: nn.Module) -> No
         setattr(model.get_submodule(parent), child, new)
 
 
-def _model_dtype(model: nn.Module) -> torch.dtype:
-    for name, parameter in model.named_parameters():
-        is_factor = name.rpartition(".")[2] in ("lora_a", "lora_b", "magnitude")
-        if parameter.is_floating_point() and not is_factor:
-            return parameter.dtype
-    return torch.float32
-
-
-def _base_dtype(layer: LoRALinear, model_dtype: torch.dtype) -> torch.dtype:
-    base = layer.base
-    if not isinstance(base, NF4Linear):
-        return base.weight.dtype
-    return model_dtype if base.bias is None else base.bias.dtype
-
-
-@torch.no_grad()
-def _merged(layer: LoRALinear, dtype: torch.dtype) -> nn.Linear:
-    base = layer.base
-    weight = layer.merged_weight(list(layer.lora_names()))
-    merged = nn.Linear(
-        base.in_features, base.out_features, bias=base.bias is not None, device="meta"
-    )
-    merged.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if base.bias is not None:
-        merged.bias = nn.Parameter(base.bias.to(dtype, copy=True), requires_grad=False)
-    return merged.train(layer.training)
-
-
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Every LoRALinear with its name."""
+    """Every LoRALinear with its name, as it was before parts of the model were wrapped."""
     return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        (plain_name(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
     )

@@ -1,5 +1,6 @@
 """NF4Linear: a linear layer whose frozen weight is stored in 4 bits."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -170,6 +171,14 @@ class NF4Linear(nn.Module):
         self._check_dense_shape(weight, self.weight_shape)
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         return self._fill_dense(dense, weight.to(dtype), dtype)
+
+    def requantized(self, weight: Tensor) -> "NF4Linear":
+        """The same layer with another weight `[out_features, in_features]`, quantised alike."""
+        self._check_dense_shape(weight, self.weight_shape)
+        layer = copy.copy(self)
+        layer._parameters = dict(self._parameters)
+        layer._set_weight(nf4_quantize(weight, self.block_size, self.double_quant).tensors)
+        return layer
 
     def _fill_dense(self, dense: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
         dense.weight = _frozen(weight)

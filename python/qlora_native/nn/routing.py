@@ -37,8 +37,9 @@ def set_lora(model: nn.Module, names: str | Sequence[str] | None) -> None:
             elements raises ValueError); or None for the base alone.
 
     Raises:
-        ValueError: the model has no LoRA layer, or none of its layers has an adapter of a name (the
-            message lists those that exist). What was in force stays so.
+        ValueError: the model has no LoRA layer, none of its layers has an adapter of a name (the
+            message lists those that exist), or an adapter is merged (`merge_lora` with
+            `reversible`). What was in force stays so.
 
     Checkpointing computes a forward again inside its backward. If another routing is in force then
     than was at the forward, the layer raises RuntimeError: see `Routing.check_recomputation`.
@@ -48,6 +49,8 @@ def set_lora(model: nn.Module, names: str | Sequence[str] | None) -> None:
         raise ValueError("set_lora: the model has no LoRA layer")
     wanted: Names = names if names is None or isinstance(names, str) else tuple(names)
     check_names("set_lora", wanted, {name for layer in layers for name in layer.lora_names()})
+    for layer in layers:
+        layer.check_unmerged("set_lora")
     moment = _Moment.now()
     for layer in layers:
         layer.routing.change(None if wanted == BASE else wanted, moment)
@@ -83,6 +86,9 @@ class RoutedLayer:
     def lora_names(self) -> Collection[str]:
         """The names of the adapters that this layer has."""
         raise NotImplementedError
+
+    def check_unmerged(self, operation: str) -> None:
+        """Raise ValueError if a merged weight does all, whatever the adapters are."""
 
 
 def routed_layers(model: nn.Module) -> Iterator[RoutedLayer]:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_native.sharding import describe, is_sharded
+
 _BLOCK = 256  # elements of 8-bit state that share a scale
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_32BIT = MOMENTS
@@ -43,6 +45,13 @@ def check_state(where: str, param: Tensor, state: dict[str, Any], is_8bit: bool)
         if value.shape != param.shape:
             raise ValueError(
                 f"{where}: {moment} has shape {list(value.shape)}, want {list(param.shape)}"
+            )
+        if is_sharded(value) != is_sharded(param) or (
+            is_sharded(param) and value.placements != param.placements
+        ):
+            raise ValueError(
+                f"{where}: {moment} {describe(value)}, the parameter {describe(param)}; "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict converts state"
             )
         if (value.dtype == torch.uint8) != is_8bit:
             wanted_dtype = "uint8" if is_8bit else "a float dtype"

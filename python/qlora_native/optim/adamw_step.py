@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from qlora_native import _core
 from qlora_native.ops.storage import FLOAT_DTYPES, PLAIN_TYPES, execution, in_memory, run_core
 from qlora_native.optim.adamw_state import STATE_8BIT, STATE_32BIT, has_8bit_state, new_state
+from qlora_native.sharding import as_placed, describe, is_sharded, local_part
 
 _CPU = torch.device("cpu")
 _States = Mapping[Tensor, dict[str, Any]]
@@ -96,10 +97,10 @@ def run_batch(batch: Batch, states: _States, scaling: Scaling) -> None:
             states[param]["step"] = states[param]["step"].to(device)  # stays there
     of_params = [states[param] for param in params]
     steps = [state["step"] for state in of_params]
-    local = [_local(param) for param in params]
+    local = [local_part(param) for param in params]
     # The core wants plain memory; a parameter that is not is stepped as a copy.
     dense = [in_memory(param) for param in local]
-    grads = [in_memory(_local(param.grad)) for param in params]
+    grads = [in_memory(local_part(as_placed(param.grad, param))) for param in params]
     lr = group["lr"]
     beta1, beta2 = group["betas"]
     reads_lr = device.type == "cuda" and isinstance(lr, Tensor) and lr.is_cuda
@@ -110,7 +111,7 @@ def run_batch(batch: Batch, states: _States, scaling: Scaling) -> None:
         dense,
         grads,
         *(
-            [_local(state[name]) for state in of_params]
+            [local_part(state[name]) for state in of_params]
             for name in (STATE_8BIT if is_8bit else STATE_32BIT)
         ),
         step_counts=steps if steps_done is None else [],
@@ -146,7 +147,7 @@ def _on_device(number: Tensor | None, device: torch.device) -> Tensor | None:
     """As the core reads it. Only a copy to a GPU may be under way when this returns."""
     if number is None:
         return None
-    return _local(number).detach().to(device, torch.float32, non_blocking=device.type == "cuda")
+    return local_part(number).detach().to(device, torch.float32, non_blocking=device.type == "cuda")
 
 
 def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
@@ -161,6 +162,13 @@ def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         raise ValueError(
             f"{name}: a gradient has shape {list(grad.shape)}, its parameter {list(param.shape)}"
         )
+    if is_sharded(grad) != is_sharded(param) or (
+        is_sharded(param) and grad.device_mesh != param.device_mesh
+    ):
+        raise ValueError(
+            f"{name}: a gradient {describe(grad)}, its parameter {describe(param)}; "
+            "want both over one mesh, or neither"
+        )
 
 
 def _check_memory(name: str, param: Tensor, is_8bit: bool) -> None:
@@ -170,16 +178,11 @@ def _check_memory(name: str, param: Tensor, is_8bit: bool) -> None:
     which = f"{name}: a parameter is a {type(param).__name__}"
     if isinstance(param, FakeTensor):
         raise NotImplementedError(f"{which}, which has no memory to step")
-    if is_traceable_wrapper_subclass(param) and not hasattr(param, "to_local"):
+    if is_traceable_wrapper_subclass(param) and not is_sharded(param):
         raise NotImplementedError(f"{which}, a tensor made of other tensors: want a plain one")
-    if is_8bit and hasattr(param, "to_local"):
+    if is_sharded(param) and any(p.is_partial() for p in param.placements):
+        raise NotImplementedError(f"{which} with a sum pending ({param.placements})")
+    if is_8bit and is_sharded(param):
         raise NotImplementedError(
             f"{which}; sharded parameters have no 8-bit state yet: use PagedAdamW"
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, and any other tensor itself."""
-    if type(tensor) in PLAIN_TYPES or not hasattr(tensor, "to_local"):
-        return tensor
-    return tensor.to_local()

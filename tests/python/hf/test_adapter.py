@@ -382,6 +382,14 @@ def test_a_save_that_fails_leaves_the_older_adapter(quantized, tmp_path, monkeyp
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_merged_model_is_not_loaded_into(quantized, tmp_path):
+    save_lora(randomize_lora_b(add_lora(quantized, r=4)), tmp_path)
+    merge_lora(quantized, reversible=True)
+    for name in ("default", "other"):
+        with pytest.raises(ValueError, match="load_lora: adapters are merged; call unmerge_lora"):
+            load_lora(quantized, tmp_path, name)
+
+
 def test_unknown_settings_are_named(quantized, tmp_path):
     save_lora(add_lora(copy.deepcopy(quantized), r=2), tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -632,9 +640,9 @@ def test_merging_here_and_merging_by_peft_agree(quantized, tmp_path):
     dense = make_dense_twin(quantized)
     save_lora(randomize_lora_b(add_lora(quantized, r=4)), tmp_path)
     by_peft = peft.PeftModel.from_pretrained(dense, tmp_path).merge_and_unload()
-    merged = merge_lora(quantized)
+    merge_lora(quantized)
     for name, weight in by_peft.state_dict().items():
-        torch.testing.assert_close(merged.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(quantized.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_shared_layer_is_loaded_in_all_its_places(tmp_path):
