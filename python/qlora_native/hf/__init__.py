@@ -30,13 +30,13 @@ if _has("transformers") and _has("transformers.core_model_loading"):  # which ca
     from qlora_native.hf.config import NF4Config as NF4Config
     from qlora_native.hf.merge_checkpoint import merge_into_checkpoint as merge_into_checkpoint
 
-if importlib.util.find_spec("peft") is not None:
+    _bitsandbytes_loading.install()
+    parameter_count.install()
+
+if _has("peft"):
     from qlora_native.hf.peft import install as _install_peft_layers
 
     _install_peft_layers()
-
-    _bitsandbytes_loading.install()
-    parameter_count.install()
 
 
 def __getattr__(name: str) -> Any:
