@@ -427,9 +427,9 @@ def test_a_truncated_file_is_refused(tmp_path, adapter, shards):
     base = save_base(tmp_path / "base", tiny_llama(), shards)
     last = sorted(base.glob("*.safetensors"))[-1]
     last.write_bytes(last.read_bytes()[:-4])
-    refuse(f"{last.name} cannot be read", ValueError, adapter, base, tmp_path / "merged")
+    refuse(f"{last.name} is no whole safetensors file", ValueError, adapter, base, tmp_path / "merged")
     last.write_bytes(b"\xff" * 100)
-    refuse(f"{last.name} cannot be read", ValueError, adapter, base, tmp_path / "merged")
+    refuse(f"{last.name} is no whole safetensors file", ValueError, adapter, base, tmp_path / "merged")
     last.unlink()
     refuse(f"there is no .*{last.name}", FileNotFoundError, adapter, base, tmp_path / "merged")
 
