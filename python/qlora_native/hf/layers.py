@@ -13,7 +13,6 @@ from qlora_native.hf.conv1d import NF4Conv1D
 from qlora_native.nn import NF4Experts, NF4Linear
 from qlora_native.nn.model import modules_with_names, name_matches, replace_module
 from qlora_native.nn.nf4_experts import is_experts
-from qlora_native.ops.codec import dequantize_absmax
 from qlora_native.ops.storage import NF4Tensors
 
 _LARGE = 2**20  # elements from which a matrix that is no layer's is worth a warning
@@ -176,4 +175,8 @@ def has_finite_scales(layer: Any) -> bool:
 
 
 def _finite(weight: NF4Tensors) -> bool:
-    return bool(dequantize_absmax(weight).isfinite().all())
+    """Nested scales are not decoded for it: none is larger than the largest of these sums."""
+    nested = [part for part in (weight.nested_absmax, weight.nested_offset) if part is not None]
+    parts = nested or [weight.absmax]
+    extremes = [torch.stack(torch.aminmax(part.view(torch.float32))) for part in parts]
+    return bool(sum(extreme.abs().amax() for extreme in extremes).isfinite())

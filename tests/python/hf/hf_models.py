@@ -67,6 +67,16 @@ def tiny_bert(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     return build("BertForSequenceClassification", transformers.BertConfig(**settings), dtype)
 
 
+def tiny_llava(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """Two models in one, under names that transformers changes while it loads and saves them."""
+    text = transformers.LlamaConfig(**SIZES, **HEADS, **TOKENS)
+    sizes = {**SIZES, "num_attention_heads": 4, "image_size": 32, "patch_size": 16}
+    del sizes["vocab_size"]
+    vision = transformers.CLIPVisionConfig(**sizes)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, **settings)
+    return build("LlavaForConditionalGeneration", config, dtype)
+
+
 def saved(model: Any, folder: Any, **settings: Any) -> Any:
     """The model saved and loaded again in 4 bits."""
     model.save_pretrained(folder)

@@ -131,9 +131,12 @@ def test_another_num_parameters_is_refused(monkeypatch):
 
 def test_without_transformers_adapters_still_work():
     done = run_python("""
-import sys
-sys.modules["transformers"] = None
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+missing = ("transformers", "peft")  # which needs it
+importlib.util.find_spec = lambda name: None if name in missing else find_spec(name)
 import qlora_native.hf
+assert not [name for name in missing if name in sys.modules]
 assert callable(qlora_native.hf.save_lora)
 try:
     from qlora_native.hf import NF4Config
@@ -141,6 +144,20 @@ except ImportError as error:
     assert "needs transformers 5 or newer" in str(error), error
 else:
     raise AssertionError
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_peft_transformers_is_at_home():
+    done = run_python("""
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "peft" else find_spec(name)
+import qlora_native.hf
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "qlora_nf4" in AUTO_QUANTIZER_MAPPING
+assert PreTrainedModel.num_parameters.__wrapped__
 """)
     assert done.returncode == 0, done.stderr
 

@@ -17,7 +17,7 @@ from qlora_native import NF4Linear, add_lora, merge_lora, quantize_model
 from qlora_native.hf import NF4Config
 from support import run_python, same_bits, state_bits
 
-KINDS = ("llama", "gpt2", "mixtral", "qwen2_moe", "gpt_oss", "t5", "bert")
+KINDS = ("llama", "gpt2", "mixtral", "qwen2_moe", "gpt_oss", "t5", "bert", "llava")
 
 
 @pytest.fixture
@@ -189,6 +189,7 @@ def test_a_dequantised_model_is_a_plain_one(kind, dtype, tmp_path):
     assert keys(tmp_path / "plain") == keys(tmp_path / "dense")
     settings = (tmp_path / "plain" / "config.json").read_text()
     assert "quant" not in settings
+    type(model).from_pretrained(tmp_path / "dense").save_pretrained(tmp_path / "dense")
     assert json.loads(settings) == json.loads((tmp_path / "dense" / "config.json").read_text())
     assert state_bits(type(model).from_pretrained(tmp_path / "plain")) == state_bits(model)
 
