@@ -16,6 +16,7 @@ import torch
 
 import report
 import rows_adamw
+import rows_adapters
 import rows_codec
 import rows_linear
 import rows_lora
@@ -34,7 +35,7 @@ def all_works(shapes: list[str]) -> Iterator[Work]:
     for shape in shapes:
         n, k = (int(size) for size in shape.split("x"))
         weights = Weights(n, k)
-        for module in (rows_codec, rows_linear, rows_lora):
+        for module in (rows_codec, rows_linear, rows_lora, rows_adapters):
             yield from module.works(weights)
     yield from rows_adamw.works()
     yield from rows_overhead.works()

@@ -56,12 +56,23 @@ GOALS = (
     Goal("forward, fp32 activations", (64, 256, 1024), (FP32,), 0.97),
     Goal("LoRA forward + backward", (512,), ("PEFT on bitsandbytes",), 1.3),
     Goal("LoRA forward + backward", (512,), ("bare bf16 products",), 1 / 1.1),
+    Goal("LoRA through PEFT, forward + backward", (512,), ("PEFT on bitsandbytes",), 1.3),
+    *(
+        Goal(f"32 adapters, {tokens} tokens each, {name}", (), ("one adapter",), 1 / 1.5)
+        for tokens in (1, 4, 16, 64)
+        for name in ("forward", "forward + backward")
+    ),
+    *(
+        Goal(f"DoRA forward + backward, {name} factors", (512,), ("LoRA",), 1 / 1.25)
+        for name in ("fp32", "bf16")
+    ),
     Goal("AdamW 32-bit", (), ("torch fused",), 1.0),
     Goal("AdamW 32-bit", (), (BNB,), 12),
     Goal("AdamW 8-bit", (), ("torch fused, 32-bit",), 1.3),
     Goal("AdamW 8-bit", (), (BNB,), 40),
     Goal("call overhead, forward", (), (MICROSECONDS,), 15),
     Goal("call overhead, forward + backward", (), (MICROSECONDS,), 75),
+    Goal("from_pretrained, dense checkpoint", (), (BNB,), 5),
     Goal("training step", (), ("bitsandbytes + PEFT",), 1.35),
     Goal("training step", (), ("bf16 + PEFT",), 1.0),
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import qlora_native as q
 from checks import PEER_TOLERANCE, assert_close, assert_product
 from harness import OURS, Case, Work, copies_past_l3, in_turn
+from qlora_native.hf.peft import NF4LoraLinear
 from weights import Weights
 
 TOKENS, RANK, ALPHA = 512, 16, 32
@@ -20,6 +21,12 @@ _TOLERANCE = 2**-7
 
 def works(weights: Weights) -> Iterator[Work]:
     yield Work("LoRA forward + backward", weights.size, lambda: _lora(weights), TOKENS)
+    yield Work(
+        "LoRA through PEFT, forward + backward",
+        weights.size,
+        lambda: _through_peft(weights),
+        TOKENS,
+    )
 
 
 def _lora(weights: Weights) -> Case:
@@ -56,13 +63,45 @@ def _lora(weights: Weights) -> Case:
     )
 
 
+def _through_peft(weights: Weights) -> Case:
+    """The same script with this library's layer in bitsandbytes' place."""
+    x = torch.randn(TOKENS, weights.k, dtype=torch.bfloat16)
+    dy = torch.randn(TOKENS, weights.n, dtype=torch.bfloat16)
+    a = torch.empty(RANK, weights.k).uniform_(-1 / math.sqrt(weights.k), 1 / math.sqrt(weights.k))
+    b = 0.02 * torch.randn(weights.n, RANK)
+    native = q.LoRALinear(copy.deepcopy(weights.ours[0]), RANK, ALPHA)
+    native.lora_a.data.copy_(a), native.lora_b.data.copy_(b)
+    layers = {
+        OURS: _peft_layer_on(copy.deepcopy(weights.ours[0]), a, b, NF4LoraLinear),
+        "PEFT on bitsandbytes": _peft_layer(weights, a, b),
+        "without PEFT": native,
+    }
+    y, dx = _train(x, dy)(layers[OURS])
+    wanted = _train(x, dy)(native)
+    if not (torch.equal(y, wanted[0]) and torch.equal(dx, wanted[1])):
+        raise SystemExit("the layer through PEFT does not give the bits of LoRALinear")
+
+    def copies(layer: nn.Module) -> list[nn.Module]:
+        return copies_past_l3(lambda: copy.deepcopy(layer), weights.n * weights.k // 2)
+
+    return Case(
+        {name: in_turn(copies(layer), _train(x, dy)) for name, layer in layers.items()},
+        bytes_moved=2 * weights.nf4_bytes,
+        operations=4.0 * TOKENS * weights.n * weights.k,
+    )
+
+
 def _peft_layer(weights: Weights, a: Tensor, b: Tensor) -> nn.Module:
-    holder = nn.Sequential(weights.linear4bit())
+    return _peft_layer_on(weights.linear4bit(), a, b, peft.tuners.lora.Linear4bit)
+
+
+def _peft_layer_on(base: nn.Module, a: Tensor, b: Tensor, wanted: type) -> nn.Module:
+    holder = nn.Sequential(base)
     holder.is_loaded_in_4bit = True  # as transformers marks a model; PEFT looks for it
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=["0"])
     layer = peft.get_peft_model(holder, config).base_model.model[0].train()
-    if not type(layer).__module__.endswith("bnb"):
-        raise SystemExit(f"PEFT made a {type(layer)}, not its layer on bitsandbytes")
+    if type(layer) is not wanted:
+        raise SystemExit(f"PEFT made a {type(layer)}, want {wanted}")
     layer.lora_A["default"].weight.data.copy_(a)
     layer.lora_B["default"].weight.data.copy_(b)
     return layer

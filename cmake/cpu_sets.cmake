@@ -34,6 +34,7 @@ function(qlora_add_cpu_sets target)
   target_sources(${target} PRIVATE csrc/cpu/simd/dynamic_map_tables.cpp)
   qlora_add_cpu_set(${target} avx2
     csrc/cpu/avx2/adamw.cpp
+    csrc/cpu/avx2/dora.cpp
     csrc/cpu/avx2/dropout.cpp
     csrc/cpu/avx2/kernels.cpp
     csrc/cpu/avx2/lora.cpp
@@ -41,6 +42,7 @@ function(qlora_add_cpu_sets target)
     csrc/cpu/avx2/nf4_linear.cpp)
   qlora_add_cpu_set(${target} avx512
     csrc/cpu/avx512/adamw.cpp
+    csrc/cpu/avx512/dora.cpp
     csrc/cpu/avx512/dropout.cpp
     csrc/cpu/avx512/kernels.cpp
     csrc/cpu/avx512/lora.cpp

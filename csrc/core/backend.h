@@ -31,6 +31,13 @@ class Backend {
                                      const TensorView& dx, const ExecutionContext& context) const;
   virtual void lora_forward(const LoRAForward& arguments, const ExecutionContext& context) const;
   virtual void lora_backward(const LoRABackward& arguments, const ExecutionContext& context) const;
+  virtual void lora_forward_grouped(const LoRAForwardGrouped& arguments,
+                                    const ExecutionContext& context) const;
+  virtual void lora_backward_grouped(const LoRABackwardGrouped& arguments,
+                                     const ExecutionContext& context) const;
+  virtual void dora_scale(const DoRAScale& arguments, const ExecutionContext& context) const;
+  virtual void dora_scale_backward(const DoRAScaleBackward& arguments,
+                                   const ExecutionContext& context) const;
   virtual void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
                        const ExecutionContext& context) const;
   virtual void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,

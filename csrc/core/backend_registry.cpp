@@ -48,6 +48,16 @@ void Backend::lora_forward(const LoRAForward&, const ExecutionContext&) const {
 void Backend::lora_backward(const LoRABackward&, const ExecutionContext&) const {
   refuse("lora_backward");
 }
+void Backend::lora_forward_grouped(const LoRAForwardGrouped&, const ExecutionContext&) const {
+  refuse("lora_forward_grouped");
+}
+void Backend::lora_backward_grouped(const LoRABackwardGrouped&, const ExecutionContext&) const {
+  refuse("lora_backward_grouped");
+}
+void Backend::dora_scale(const DoRAScale&, const ExecutionContext&) const { refuse("dora_scale"); }
+void Backend::dora_scale_backward(const DoRAScaleBackward&, const ExecutionContext&) const {
+  refuse("dora_scale_backward");
+}
 void Backend::dropout(const TensorView&, double, const TensorView&, const TensorView&,
                       const ExecutionContext&) const {
   refuse("dropout");

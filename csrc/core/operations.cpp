@@ -2,6 +2,7 @@
 #include "core/operations.h"
 
 #include <cmath>
+#include <string>
 
 #include "core/backend.h"
 #include "core/validate.h"
@@ -118,6 +119,122 @@ void lora_backward(const LoRABackward& arguments, const ExecutionContext& contex
     validate.shape(dx, "dx", x.shape);
   }
   backend_for(x.device).lora_backward(arguments, context);
+}
+
+namespace {
+
+/// Adapters and groups of x[m,k] and y[m,n], and the elements of t that they come to.
+void validate_lora_groups(const Validator& validate, const char* operation, const TensorView& x,
+                          std::int64_t n, std::span<const LoRAAdapter> adapters,
+                          std::span<const LoRAGroup> groups, const TensorView& t) {
+  const std::int64_t m = x.shape[0], k = x.shape[1];
+  for (std::size_t i = 0; i < adapters.size(); ++i) {
+    const auto& [lora_a, lora_b, grad_a, grad_b] = adapters[i];
+    const std::string a = message("lora_a[", i, "]"), b = message("lora_b[", i, "]");
+    validate.float_dtype(lora_a, a.c_str());
+    validate.rank(lora_a, a.c_str(), 2);
+    validate.dtype(lora_b, b.c_str(), lora_a.dtype);
+    const std::int64_t r = lora_a.shape[0];
+    validate.shape(lora_a, a.c_str(), {r, k});
+    validate.shape(lora_b, b.c_str(), {n, r});
+  }
+  std::int64_t t_count = 0;
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    const auto& [begin, end, adapter, scaling, p, seed] = groups[i];
+    check(0 <= begin && begin <= end && end <= m, operation, ": group ", i, " has rows ", begin,
+          " to ", end, ", want 0 <= begin <= end <= ", m, ", the rows of x");
+    const auto adapter_count = static_cast<std::int64_t>(adapters.size());
+    check(0 <= adapter && adapter < adapter_count, operation, ": group ", i, " has adapter ",
+          adapter, ", want one of ", adapter_count);
+    check(p >= 0.0 && p < 1.0, operation, ": p of group ", i, " is ", p, ", want 0 <= p < 1");
+    check(p == 0.0 || seed.is_present, operation, ": group ", i, " has p ", p, ", but no seed");
+    if (seed.is_present) {
+      const std::string name = message("seed of group ", i);
+      validate.dtype(seed, name.c_str(), DType::int64);
+      validate.numel(seed, name.c_str(), 1);
+    }
+    t_count += (end - begin) * adapters[static_cast<std::size_t>(adapter)].lora_a.shape[0];
+  }
+  validate.dtype(t, "t", x.dtype);
+  validate.numel(t, "t", t_count);
+}
+
+}  // namespace
+
+void lora_forward_grouped(const LoRAForwardGrouped& arguments, const ExecutionContext& context) {
+  const auto& [x, adapters, groups, t, y] = arguments;
+  const Validator validate("lora_forward_grouped", x.device);
+  validate.float_dtype(x, "x");
+  validate.rank(x, "x", 2);
+  validate.dtype(y, "y", x.dtype);
+  validate.rank(y, "y", 2);
+  validate.shape(y, "y", {x.shape[0], y.shape[1]});
+  validate_lora_groups(validate, "lora_forward_grouped", x, y.shape[1], adapters, groups, t);
+  backend_for(x.device).lora_forward_grouped(arguments, context);
+}
+
+void lora_backward_grouped(const LoRABackwardGrouped& arguments, const ExecutionContext& context) {
+  const auto& [dy, x, t, adapters, groups, dx] = arguments;
+  const Validator validate("lora_backward_grouped", x.device);
+  validate.float_dtype(x, "x");
+  validate.rank(x, "x", 2);
+  validate.dtype(dy, "dy", x.dtype);
+  validate.rank(dy, "dy", 2);
+  validate.shape(dy, "dy", {x.shape[0], dy.shape[1]});
+  validate_lora_groups(validate, "lora_backward_grouped", x, dy.shape[1], adapters, groups, t);
+  for (std::size_t i = 0; i < adapters.size(); ++i) {
+    const auto& [lora_a, lora_b, grad_a, grad_b] = adapters[i];
+    const std::string a = message("grad_a[", i, "]"), b = message("grad_b[", i, "]");
+    validate.dtype(grad_a, a.c_str(), lora_a.dtype);
+    validate.shape(grad_a, a.c_str(), lora_a.shape);
+    validate.dtype(grad_b, b.c_str(), lora_b.dtype);
+    validate.shape(grad_b, b.c_str(), lora_b.shape);
+  }
+  if (dx.is_present) {
+    validate.dtype(dx, "dx", x.dtype);
+    validate.shape(dx, "dx", x.shape);
+  }
+  backend_for(x.device).lora_backward_grouped(arguments, context);
+}
+
+void dora_scale(const DoRAScale& arguments, const ExecutionContext& context) {
+  const auto& [rows, gain, addend, bias, y] = arguments;
+  const Validator validate("dora_scale", rows.device);
+  validate.float_dtype(rows, "rows");
+  validate.rank(rows, "rows", 2);
+  validate.dtype(gain, "gain", DType::float32);
+  validate.shape(gain, "gain", {rows.shape[1]});
+  if (addend.is_present) {
+    validate.dtype(addend, "addend", rows.dtype);
+    validate.shape(addend, "addend", rows.shape);
+  }
+  if (bias.is_present) {
+    validate.dtype(bias, "bias", rows.dtype);
+    validate.shape(bias, "bias", {rows.shape[1]});
+  }
+  validate.dtype(y, "y", rows.dtype);
+  validate.shape(y, "y", rows.shape);
+  backend_for(rows.device).dora_scale(arguments, context);
+}
+
+void dora_scale_backward(const DoRAScaleBackward& arguments, const ExecutionContext& context) {
+  const auto& [dy, rows, gain, scaled, sums] = arguments;
+  const Validator validate("dora_scale_backward", dy.device);
+  validate.float_dtype(dy, "dy");
+  validate.rank(dy, "dy", 2);
+  validate.dtype(gain, "gain", DType::float32);
+  validate.shape(gain, "gain", {dy.shape[1]});
+  validate.dtype(scaled, "scaled", dy.dtype);
+  validate.shape(scaled, "scaled", dy.shape);
+  check(rows.is_present == sums.is_present,
+        "dora_scale_backward: rows and sums come together or not at all");
+  if (rows.is_present) {
+    validate.dtype(rows, "rows", dy.dtype);
+    validate.shape(rows, "rows", dy.shape);
+    validate.dtype(sums, "sums", DType::float32);
+    validate.shape(sums, "sums", {dy.shape[1]});
+  }
+  backend_for(dy.device).dora_scale_backward(arguments, context);
 }
 
 void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,

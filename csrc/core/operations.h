@@ -113,6 +113,80 @@ struct LoRABackward {
 };
 void lora_backward(const LoRABackward& arguments, const ExecutionContext& context);
 
+/// A pair of factors, lora_a[r,k] and lora_b[n,r], of one float dtype; and the gradients in them, of
+/// the same dtype and shapes.
+struct LoRAAdapter {
+  TensorView lora_a, lora_b;
+  TensorView grad_a{}, grad_b{};  // lora_backward_grouped: written
+};
+
+/// The update of rows [begin, end) by adapter number `adapter`, with dropout of `p` if `seed` (int64,
+/// one element) is there. Its mask counts the elements from row `begin`.
+struct LoRAGroup {
+  std::int64_t begin = 0, end = 0;
+  std::int64_t adapter = 0;
+  float scaling = 1.0f;
+  double p = 0.0;
+  TensorView seed{};
+};
+
+/// lora_forward of rows of x and y, for each group in turn:
+///
+///   t_g = dropout(x[begin:end]) · Aᵀ,  rounded to the dtype of x
+///   y[begin:end] += scaling * t_g · Bᵀ
+///
+/// x, t and y share one float dtype; ranks and the dtype of the factors may differ from adapter to
+/// adapter. `t` holds t_g[end - begin, r] of every group, one after another. Groups may overlap, and
+/// then add to y in their order; an adapter may have any number of groups.
+///
+/// The bits are those of lora_forward for each group, whatever the number of threads. On a CPU groups
+/// run side by side where there are enough of them; the CUDA backend has no such operation yet.
+struct LoRAForwardGrouped {
+  TensorView x;
+  std::span<const LoRAAdapter> adapters;
+  std::span<const LoRAGroup> groups;
+  TensorView t, y;  // written; added to
+};
+void lora_forward_grouped(const LoRAForwardGrouped& arguments, const ExecutionContext& context);
+
+/// The gradients of lora_forward_grouped: those of lora_backward for each group, its share of dx by way
+/// of its mask. An adapter's gradients are summed over its groups in fp32, in their order, and rounded
+/// once; without a row they are zeros. `dx` may be absent.
+struct LoRABackwardGrouped {
+  TensorView dy, x, t;
+  std::span<const LoRAAdapter> adapters;
+  std::span<const LoRAGroup> groups;
+  TensorView dx;  // added to
+};
+void lora_backward_grouped(const LoRABackwardGrouped& arguments, const ExecutionContext& context);
+
+/// What makes DoRA of LoRA (Liu et al. 2024, section 4): the rows that nf4_linear and lora_forward
+/// have made, with column j scaled by gain[j] = magnitude[j] / norm[j]:
+///
+///   y[m,n] = gain[n] * rows[m,n] + addend[m,n] + bias[n],  added in this order in fp32, rounded once
+///
+/// rows, addend, bias and y share one float dtype; gain is float32. `addend` and `bias` may be
+/// absent; y may be rows or addend.
+struct DoRAScale {
+  TensorView rows, gain, addend, bias;
+  TensorView y;  // written
+};
+void dora_scale(const DoRAScale& arguments, const ExecutionContext& context);
+
+/// The gradients of dora_scale in rows and gain:
+///
+///   scaled[m,n] = gain[n] * dy[m,n],  rounded to the dtype of dy
+///   sums[n] = Σ_m dy[m,n] * rows[m,n],  fp32, in the order of the rows
+///
+/// dy, rows and scaled share one float dtype; gain and sums are float32. rows and sums are absent
+/// together; scaled may be dy. The bits of both operations are the same on every instruction set and
+/// for every number of threads. The CUDA backend does not have them.
+struct DoRAScaleBackward {
+  TensorView dy, rows, gain;
+  TensorView scaled, sums;  // written
+};
+void dora_scale_backward(const DoRAScaleBackward& arguments, const ExecutionContext& context);
+
 /// out_e = x_e / (1 - p) with probability 1 - p, else 0, for 0 <= p < 1. `out` may be x.
 ///
 /// The mask is a function of `seed` (int64, one element) and e alone (core/philox.h): applied to a

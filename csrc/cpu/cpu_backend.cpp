@@ -7,6 +7,7 @@
 
 #include "core/backend.h"
 #include "cpu/instruction_sets.h"
+#include "cpu/lora_groups.h"
 #include "cpu/paged_buffer.h"
 #include "cpu/thread_pool.h"
 #include "cpu/work_split.h"
@@ -128,6 +129,30 @@ class CpuBackend final : public Backend {
     kernels().lora_backward(arguments, context.num_threads);
   }
 
+  void lora_forward_grouped(const LoRAForwardGrouped& arguments,
+                            const ExecutionContext& context) const override {
+    run_lora_forward_grouped(arguments, context.num_threads);
+  }
+
+  void lora_backward_grouped(const LoRABackwardGrouped& arguments,
+                             const ExecutionContext& context) const override {
+    run_lora_backward_grouped(arguments, context.num_threads);
+  }
+
+  void dora_scale(const DoRAScale& arguments, const ExecutionContext& context) const override {
+    parallel_for(
+        context.num_threads, arguments.y.shape[1], columns_for(arguments.y.shape[0]),
+        [&](std::int64_t begin, std::int64_t end) { kernels().dora_scale(arguments, begin, end); });
+  }
+
+  void dora_scale_backward(const DoRAScaleBackward& arguments,
+                           const ExecutionContext& context) const override {
+    parallel_for(context.num_threads, arguments.dy.shape[1], columns_for(arguments.dy.shape[0]),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   kernels().dora_scale_backward(arguments, begin, end);
+                 });
+  }
+
   void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
                const ExecutionContext& context) const override {
     const std::int64_t seed_value = *seed.as<const std::int64_t>();
@@ -165,6 +190,11 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  /// Columns of a matrix of `rows` rows that make a grain: whole cache lines of each row.
+  static std::int64_t columns_for(std::int64_t rows) {
+    return ceil_divide(grain_for(rows), 64) * 64;
+  }
+
   /// Cuts a list of parameters of any sizes into pieces of `piece` elements, for one parallel_for
   /// over all of them.
   template <typename Tensor, typename Function>

@@ -36,6 +36,13 @@ struct CpuKernels {
   void (*lora_forward)(const LoRAForward& arguments, int num_threads);
   void (*lora_backward)(const LoRABackward& arguments, int num_threads);
 
+  // -- DoRA
+
+  /// Columns [begin, end).
+  void (*dora_scale)(const DoRAScale& arguments, std::int64_t begin, std::int64_t end);
+  void (*dora_scale_backward)(const DoRAScaleBackward& arguments, std::int64_t begin,
+                              std::int64_t end);
+
   // -- element-wise
 
   /// Elements [begin, end); begin is a multiple of 4.

@@ -78,6 +78,56 @@ def lora_backward(
     num_threads: int,
     stream: int,
 ) -> None: ...
+def lora_forward_grouped(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    begins: Sequence[int],
+    ends: Sequence[int],
+    adapters: Sequence[int],
+    seed_indices: Sequence[int],
+    scalings: Sequence[float],
+    ps: Sequence[float],
+    t: Tensor,
+    y: Tensor,
+    num_threads: int,
+    stream: int,
+) -> None: ...
+def lora_backward_grouped(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    factors: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    begins: Sequence[int],
+    ends: Sequence[int],
+    adapters: Sequence[int],
+    seed_indices: Sequence[int],
+    scalings: Sequence[float],
+    ps: Sequence[float],
+    gradients: Sequence[Tensor],
+    dx: Tensor | None,
+    num_threads: int,
+    stream: int,
+) -> None: ...
+def dora_scale(
+    rows: Tensor,
+    gain: Tensor,
+    addend: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    num_threads: int,
+    stream: int,
+) -> None: ...
+def dora_scale_backward(
+    dy: Tensor,
+    rows: Tensor | None,
+    gain: Tensor,
+    scaled: Tensor,
+    sums: Tensor | None,
+    num_threads: int,
+    stream: int,
+) -> None: ...
 def dropout(
     x: Tensor, p: float, seed: Tensor, out: Tensor, num_threads: int, stream: int
 ) -> None: ...

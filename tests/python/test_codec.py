@@ -1,5 +1,6 @@
 """nf4_quantize, nf4_dequantize and NF4Weight, against the format written out in torch."""
 
+import contextlib
 import itertools
 import math
 import pickle
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_native import NF4Weight, nf4_dequantize, nf4_quantize
+from qlora_native import NF4Weight, nf4_dequantize, nf4_quantize, ops
 from support import (
     BLOCK_SIZES,
     NF4_LEVELS,
     differs_only_near_thresholds,
+    dispatcher,
     over_dtypes,
     over_nesting,
     same_bits,
@@ -377,3 +379,21 @@ def test_codes_may_differ_from_another_quantisers_only_beside_a_threshold():
         other = torch.tensor(pairs, dtype=torch.uint8)
         is_allowed = differs_only_near_thresholds(w, ours, other)
         assert is_allowed == (code in allowed[element]), (element, code)
+
+
+@over_nesting
+def test_quantising_into_given_memory(double_quant):
+    """A slice of larger tensors, as for one of many experts."""
+    w = torch.randn(33, 64)
+    made = ops.quantize(w, 64, double_quant)
+    many = [None if part is None else part.new_zeros(3, *part.shape) for part in made[:4]]
+    out = ops.storage.NF4Tensors(*(None if part is None else part[1] for part in many), *made[4:])
+    for door in (contextlib.nullcontext(), dispatcher()):
+        with door:
+            assert ops.quantize(w, 64, double_quant, out) is out
+        for part, expected in zip(many, made[:4], strict=True):
+            if part is not None:
+                assert same_bits(part[1], expected)
+                assert not part[0].any()
+                assert not part[2].any()
+                part.zero_()

@@ -13,6 +13,8 @@ const CpuKernels& avx2_kernels() {
     set.nf4_linear_grad_input = avx2::nf4_linear_grad_input;
     set.lora_forward = avx2::lora_forward;
     set.lora_backward = avx2::lora_backward;
+    set.dora_scale = avx2::dora_scale;
+    set.dora_scale_backward = avx2::dora_scale_backward;
     set.dropout = avx2::dropout;
     set.adamw_step = avx2::adamw_step;
     set.adamw8bit_step = avx2::adamw8bit_step;

@@ -13,6 +13,8 @@ const CpuKernels& avx512_kernels() {
     set.nf4_linear_grad_input = avx512::nf4_linear_grad_input;
     set.lora_forward = avx512::lora_forward;
     set.lora_backward = avx512::lora_backward;
+    set.dora_scale = avx512::dora_scale;
+    set.dora_scale_backward = avx512::dora_scale_backward;
     set.dropout = avx512::dropout;
     set.adamw_step = avx512::adamw_step;
     set.adamw8bit_step = avx512::adamw8bit_step;

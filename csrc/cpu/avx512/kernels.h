@@ -21,6 +21,9 @@ void nf4_linear_grad_input(const TensorView& dy, const NF4Bytes& weight, const T
 void lora_forward(const LoRAForward& arguments, int num_threads);
 void lora_backward(const LoRABackward& arguments, int num_threads);
 
+void dora_scale(const DoRAScale& arguments, std::int64_t begin, std::int64_t end);
+void dora_scale_backward(const DoRAScaleBackward& arguments, std::int64_t begin, std::int64_t end);
+
 void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
              std::int64_t begin, std::int64_t end);
 

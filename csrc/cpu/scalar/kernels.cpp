@@ -12,6 +12,8 @@ const CpuKernels& scalar_kernels() {
       .nf4_linear_grad_input = scalar::nf4_linear_grad_input,
       .lora_forward = scalar::lora_forward,
       .lora_backward = scalar::lora_backward,
+      .dora_scale = scalar::dora_scale,
+      .dora_scale_backward = scalar::dora_scale_backward,
       .dropout = scalar::dropout,
       .adamw_step = scalar::adamw_step,
       .adamw8bit_step = scalar::adamw8bit_step,

@@ -57,6 +57,41 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
 
 
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `qlora-native merge`."""
+    add = parser.add_argument
+    add(
+        "--adapter",
+        required=True,
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="an adapter in PEFT's format; given more than once, their updates are added up",
+    )
+    add("--model", required=True, type=Path, metavar="DIR", help="the original, dense checkpoint")
+    add("--output", required=True, type=Path, metavar="DIR", help="a new or an empty folder")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of all weights (default: each keeps its own)",
+    )
+    add("--report", type=Path, metavar="FILE.json", help="where to write the report as JSON")
+
+    training = parser.add_argument_group(
+        "how the base was held in training",
+        "for the report, which says how far the original weights are from those trained beside",
+    )
+    add = training.add_argument
+    add(
+        "--trained-beside",
+        choices=("nf4", "original"),
+        default="nf4",
+        help="original: the dense weights themselves (default: %(default)s)",
+    )
+    add("--block-size", type=positive_int, default=64, help="of NF4 (default: %(default)s)")
+    add("--no-double-quant", action="store_true", help="the scales were not quantised")
+
+
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `qlora-native convert`."""
     add = parser.add_argument

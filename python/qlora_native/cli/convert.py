@@ -6,7 +6,7 @@ import torch
 
 from qlora_native.cli.errors import CommandError
 from qlora_native.cli.training import progress_bar
-from qlora_native.hf.bitsandbytes.convert import convert_checkpoint
+from qlora_native.hf.bitsandbytes import convert_checkpoint
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Entry point: `qlora-native demo | train | convert | info`."""
+"""Entry point: `qlora-native demo | train | merge | convert | info`."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="qlora-native", description="QLoRA, natively: fine-tune on a 4-bit base."
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="demo|train|convert|info"
+        dest="command", required=True, metavar="demo|train|merge|convert|info"
     )
 
     demo = commands.add_parser(
@@ -52,6 +52,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     arguments.add_train_arguments(train)
     train.set_defaults(run=run_train)
+
+    merge = commands.add_parser(
+        "merge",
+        help="add an adapter to the original checkpoint, a tensor at a time",
+        description="Write the dense checkpoint of a model with an adapter's updates added to its "
+        "weights, and print what that costs. Neither is loaded as a model: it takes the memory of "
+        "one tensor.",
+    )
+    arguments.add_merge_arguments(merge)
+    merge.set_defaults(run=run_merge)
 
     convert = commands.add_parser(
         "convert",
@@ -103,6 +113,15 @@ def run_train(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise _explain_import(error) from error
     train.run(args)
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    """The sub-command `merge`."""
+    try:
+        from qlora_native.cli import merge
+    except ImportError as error:
+        raise _explain_import(error) from error
+    merge.run(args)
 
 
 def run_convert(args: argparse.Namespace) -> None:

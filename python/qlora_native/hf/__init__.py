@@ -16,22 +16,33 @@ except ImportError as error:
         "qlora_native.hf needs safetensors: pip install 'qlora_native[train]'", name=error.name
     ) from error
 
-__all__ = ["NF4Config", "load_lora", "save_lora"]
+__all__ = ["NF4Config", "load_lora", "merge_into_checkpoint", "save_lora"]
 
-if importlib.util.find_spec("transformers.core_model_loading") is not None:
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+if _has("transformers") and _has("transformers.core_model_loading"):  # which came with 5.0
+    from qlora_native.hf import parameter_count
     from qlora_native.hf import quantizer as quantizer
+    from qlora_native.hf.bitsandbytes import loading as _bitsandbytes_loading
     from qlora_native.hf.config import NF4Config as NF4Config
+    from qlora_native.hf.merge_checkpoint import merge_into_checkpoint as merge_into_checkpoint
 
 if importlib.util.find_spec("peft") is not None:
     from qlora_native.hf.peft import install as _install_peft_layers
 
     _install_peft_layers()
 
+    _bitsandbytes_loading.install()
+    parameter_count.install()
+
 
 def __getattr__(name: str) -> Any:
-    if name == "NF4Config":
+    if name in ("NF4Config", "merge_into_checkpoint"):
         raise ImportError(
-            "qlora_native.hf.NF4Config needs transformers 5 or newer: "
+            f"qlora_native.hf.{name} needs transformers 5 or newer: "
             "pip install 'qlora_native[train]'"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

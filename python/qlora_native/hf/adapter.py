@@ -125,7 +125,7 @@ def load_lora(model: nn.Module, directory: str | Path, adapter_name: str = "defa
     if adapter_name not in adapter_names(model):
         check_adapter_name("load_lora", adapter_name)
     config = AdapterConfig(read_config(directory), directory)
-    saved, differences = _layers_of_file(read_tensors(directory), config)
+    saved, differences = layers_of_file(read_tensors(directory), config)
     equipped = {name: layer for name, layer in lora_layers(model) if adapter_name in layer.adapters}
     is_new = not equipped
     for name, layer in saved.items():
@@ -178,7 +178,7 @@ def _modules_of(
     return shared
 
 
-def _layers_of_file(
+def layers_of_file(
     tensors: Mapping[str, Tensor], config: AdapterConfig
 ) -> tuple[dict[str, _SavedLayer], list[str]]:
     """What the file has for each layer, by its name, and a line for all that makes no layer."""

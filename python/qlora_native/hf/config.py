@@ -1,6 +1,6 @@
 """NF4Config: what `from_pretrained` is given, and what config.json keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -44,12 +44,11 @@ class NF4Config(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         check_block_size("NF4Config", self.block_size)
         if not isinstance(self.double_quant, bool):
-            raise ValueError(
-                f"NF4Config: double_quant is {self.double_quant!r}, want True or False"
-            )
+            raise ValueError(f"NF4Config: double_quant is {self.double_quant!r}, want a bool")
         self.compute_dtype = _dtype(self.compute_dtype)
         if self.skip is not None:
-            if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
+            is_list = isinstance(self.skip, Sequence) and not isinstance(self.skip, str)
+            if not is_list or not all(isinstance(name, str) for name in self.skip):
                 raise ValueError(f"NF4Config: skip is {self.skip!r}, want a list of names or None")
             self.skip = list(self.skip)
 

@@ -15,9 +15,10 @@ def forget_quantization(model: nn.Module) -> nn.Module:
     """Take off `model` and its parts all by which transformers knows a quantised model, in place.
 
     The quantiser, its config (in sub-configs too) and the flags `is_quantized`,
-    `quantization_method` and `_is_quantized` go, and so do the conversions of weights by which the
-    quantiser loaded a checkpoint and by which saving would undo them. The config's dtype becomes
-    the dtype of the weights. The layers must be dense already; `dequantize_layers` makes them so.
+    `quantization_method` and `_is_quantized` go. Of the conversions of weights by which saving
+    would undo what loading did, those of the quantiser go and those of the model's class come back.
+    The config's dtype becomes the dtype of the weights. The layers must be dense already;
+    `dequantize_layers` makes them so.
 
     Args:
         model: a PreTrainedModel, or any module that holds some. A plain module is left as it is.
@@ -26,17 +27,40 @@ def forget_quantization(model: nn.Module) -> nn.Module:
         `model`.
     """
     for module in model.modules():
+        quantizer = vars(module).get("hf_quantizer")
+        if hasattr(quantizer, "dense_conversions"):  # ours has put them by while there were codes
+            conversions = quantizer.dense_conversions
+            if quantizer.pre_quantized and not conversions:
+                conversions = None  # a 4-bit checkpoint is read as it is: those of the class
+            module._weight_conversions = conversions
         for name in _OF_THE_MODEL:
             _remove(module, name)
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "to_dict"):
             _clean_config(config)
-        conversions = module.__dict__.get("_weight_conversions")
+        conversions = vars(module).get("_weight_conversions")
         if conversions:
             module._weight_conversions = [c for c in conversions if not _is_quantizers(c)]
     if getattr(getattr(model, "config", None), "dtype", None) is not None:
         model.config.dtype = dense_dtype(model)
     return model
+
+
+def note_untied_head(model: nn.Module) -> None:
+    """Have the config say so if a merge has parted the output head's weight from the embedding's.
+
+    Loading, or `tie_weights()`, would tie them again.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    owner: Any = model
+    head, embedding = owner.get_output_embeddings(), owner.get_input_embeddings()
+    if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
+        config.tie_word_embeddings = False
+        tied = getattr(owner, "all_tied_weights_keys", {})
+        name = next((n for n, module in model.named_modules() if module is head), "")
+        tied.pop(f"{name}.weight", None)
 
 
 def _clean_config(config: Any) -> None:

@@ -1,5 +1,6 @@
 """NF4HfQuantizer: transformers' loader, taught to quantise each weight as it is read."""
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,19 +11,24 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from qlora_native import _core
-from qlora_native.hf.checkpoint import tensor_names
+from qlora_native.hf.checkpoint import tensor_dtypes
 from qlora_native.hf.config import QUANT_METHOD, NF4Config
 from qlora_native.hf.dense import forget_quantization
 from qlora_native.hf.layers import (
     check_skip,
     default_skip,
+    has_finite_scales,
     is_named,
+    is_offloaded,
     kept_in_fp32,
+    move_hook,
+    nf4_layers,
     put_nf4_layers,
     warn_of_dense_weights,
 )
-from qlora_native.nn import LoRALinear, NF4Linear
-from qlora_native.nn.model import modules_with_names, replace_module
+from qlora_native.hf.streamed_experts import StreamedExperts
+from qlora_native.nn import LoRALinear, NF4Experts, NF4Linear
+from qlora_native.nn.model import replace_module
 
 
 @register_quantizer(QUANT_METHOD)
@@ -43,6 +49,8 @@ class NF4HfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.problems: dict[str, str] = {}  # by parameter
+        self.dense_conversions: Any = None
+        self._model: weakref.ref[nn.Module] | None = None
         self._expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
 
     # ---- what transformers asks
@@ -55,6 +63,15 @@ class NF4HfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters beside the 4-bit layers are."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the model has native LoRA layers: Trainer would look for PEFT's alone."""
+        model = None if self._model is None else self._model()
+        return model is not None and any(isinstance(m, LoRALinear) for m in model.modules())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}  # a copy or a pickle is not of that model
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a device map that cannot be right; asked again once `"auto"` is a map."""
@@ -82,10 +99,13 @@ class NF4HfQuantizer(HfQuantizer):
         return {device: size * 0.9 for device, size in max_memory.items()}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether it is the weight of a 4-bit layer, whose shape is then ours to check."""
+        """Whether it is to be quantised, or is stored in bytes: then its shape is ours to check."""
         module_name, _, name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
-        return isinstance(module, NF4Linear) and name == "weight"
+        if not isinstance(module, NF4Linear | NF4Experts):
+            return False
+        dtype, _ = self._expected.get(param_name, (None, None))
+        return name in module.weight_names or (self.pre_quantized and dtype == torch.uint8)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """No cast to bytes: a float where codes should be is refused after loading."""
@@ -95,13 +115,16 @@ class NF4HfQuantizer(HfQuantizer):
         """The operation that the loader runs on each weight of a dense checkpoint."""
         return NF4Quantize(self)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Where the loader would stack the dense experts of a layer, quantise them one by one."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args)
+        if self.pre_quantized:
+            return conversions
+        return [StreamedExperts.in_place_of(conversion) for conversion in conversions]
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[None, dict[str, str]]:
         """Nothing is changed for saving; a model that would not load again is refused."""
-        adapters = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
-        ]
+        adapters = adapter_layers(model)
         if adapters and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"save_pretrained: {adapters[0]} and {len(adapters) - 1} more layers have an "
@@ -116,47 +139,70 @@ class NF4HfQuantizer(HfQuantizer):
     ) -> None:
         self.problems.clear()
         config = self.quantization_config
-        if config.skip is not None and not self.pre_quantized:
+        entries = kept_in_fp32(model) | set(config.skip or ())
+        dense = default_skip(model) if config.skip is None else set()
+        file_layers = self.layers_in_checkpoint(checkpoint_files)
+        if not self.pre_quantized and config.skip is not None:
             check_skip(model, config.skip)
-        skip = kept_in_fp32(model) | set(
-            default_skip(model) if config.skip is None else config.skip
-        )
-        stored = self.layers_in_checkpoint(checkpoint_files) if self.pre_quantized else None
-        if stored is None:
-            layers = put_nf4_layers(model, config, lambda name: not is_named(name, skip))
-            warn_of_dense_weights(model, skip)
+        if not self.pre_quantized or file_layers is None:
+            layers = put_nf4_layers(
+                model,
+                config,
+                lambda names: not any(name in dense or is_named(name, entries) for name in names),
+            )
+            warn_of_dense_weights(model, entries)
         else:
-            names = _with_prefix_and_without(stored, model.base_model_prefix)
-            layers = put_nf4_layers(model, config, names.__contains__)
+            stored = _with_prefix_and_without(file_layers, model.base_model_prefix)
+            layers = put_nf4_layers(model, config, lambda names: not stored.isdisjoint(names))
         if not layers:
             raise ValueError(
                 f"NF4Config: {type(model).__name__} has no layer to hold in 4 bits"
-                + ("" if stored is None else ", by the names in its checkpoint")
+                + (", by what its checkpoint has" if self.pre_quantized else " (after skip)")
             )
         self._expected = {
             name: (parameter.dtype, parameter.shape) for name, parameter in model.named_parameters()
         }
 
     def layers_in_checkpoint(self, checkpoint_files: Iterable[str] | None) -> set[str] | None:
-        """Names of the layers that a 4-bit checkpoint has codes for; None: it has no names yet."""
-        names = tensor_names(checkpoint_files)
-        if names is None:
+        """The names of modules of which a checkpoint has bytes; None: there are no files to ask.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        dtypes = tensor_dtypes(checkpoint_files)
+        if dtypes is None:
             return None
-        weights = {name.removesuffix("_absmax") for name in names if name.endswith("_absmax")}
-        weights = {name for name in weights if not name.endswith("_nested")}
-        return {name.rpartition(".")[0] for name in weights}
+        return {name.rpartition(".")[0] for name, dtype in dtypes.items() if dtype == "U8"}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._check_loaded(model)
         for layer in nf4_layers(model):
             layer.requires_grad_(False)
+        self._take_charge(model)
         return model
+
+    def _take_charge(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        # transformers saves under the names of the checkpoint that it read, and takes apart what it
+        # put together: the codes of experts, say, without their scales.
+        self.dense_conversions = getattr(model, "_weight_conversions", None)
+        model._weight_conversions = []
+
+    def attach(self, model: Any) -> None:
+        """Have `model`, whose layers are 4-bit already, be as if it had been loaded by this."""
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = self.quantization_config.quant_method
+        self.postprocess_model(model)
 
     def _check_loaded(self, model: Any) -> None:
         """Raise ValueError for everything that is not as its layer wants it."""
         problems = self.problems
+        failed = tuple(f"{name}_" for name in problems)  # a weight's scales are not there either
         for name, parameter in model.named_parameters():
             if name not in self._expected or parameter.is_meta:  # tied; offloaded
+                continue
+            if name.startswith(failed):
                 continue
             dtype, shape = self._expected[name]
             is_stored = dtype == torch.uint8
@@ -172,6 +218,10 @@ class NF4HfQuantizer(HfQuantizer):
                     name, f"is {parameter.dtype} {list(parameter.shape)}, want a float: no scales"
                 )
         self._expected = {}
+        if self.pre_quantized and not problems:
+            for layer, names in nf4_layers(model).items():
+                if not is_offloaded(layer) and not has_finite_scales(layer):
+                    problems[names[0]] = "has a scale that is NaN or Inf"
         if problems:
             lines = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
             raise ValueError(f"NF4Config: {type(model).__name__} cannot be loaded:\n  {lines}")
@@ -179,8 +229,8 @@ class NF4HfQuantizer(HfQuantizer):
     # ---- back to dense
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        layers = modules_with_names(model, lambda module: isinstance(module, NF4Linear))
-        offloaded = [names[0] for layer, names in layers.items() if _is_offloaded(layer)]
+        layers = nf4_layers(model)
+        offloaded = [names[0] for layer, names in layers.items() if is_offloaded(layer)]
         if offloaded:
             raise ValueError(
                 f"dequantize: {offloaded[0]} and {len(offloaded) - 1} more layers are offloaded; "
@@ -188,9 +238,12 @@ class NF4HfQuantizer(HfQuantizer):
             )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # after a save it is
         dtype = dtype or model.dtype
+        is_trained = not adapter_layers(model)  # beside an adapter the base stays frozen
         while layers:
             layer, names = layers.popitem()
-            replace_module(model, names, layer.to_dense(dtype).requires_grad_(True))
+            dense = layer.to_dense(dtype).requires_grad_(is_trained)
+            move_hook(layer, dense)
+            replace_module(model, names, dense)
         return model if dtype == model.dtype else model.to(dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -223,9 +276,11 @@ class NF4Quantize(ConversionOps):
             if not self.hf_quantizer.param_needs_quantization(model, name):
                 converted[name] = dense
                 continue
-            layer_name, _, _ = name.rpartition(".")
+            layer_name, _, weight_name = name.rpartition(".")
+            layer = model.get_submodule(layer_name)
+            of_experts = (weight_name,) if isinstance(layer, NF4Experts) else ()
             try:
-                parts = model.get_submodule(layer_name).quantize(dense)
+                parts = layer.quantize(dense, *of_experts)
             except ValueError as error:
                 self.hf_quantizer.problems[name] = str(error)
                 parts = {}
@@ -234,13 +289,13 @@ class NF4Quantize(ConversionOps):
         return converted
 
 
-def nf4_layers(model: nn.Module) -> list[nn.Module]:
-    """The 4-bit layers of `model`."""
-    return [module for module in model.modules() if isinstance(module, NF4Linear)]
-
-
-def _is_offloaded(layer: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in layer.parameters())
+def adapter_layers(model: nn.Module) -> list[str]:
+    """The names of layers with an adapter: native ones, and PEFT's."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear) or hasattr(module, "base_layer")
+    ]
 
 
 def _is_cuda(device: Any) -> bool:

@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from qlora_native.hf.checkpoint import read_header
 
 # As the library's own writer sorts them in a file: last ones first, so that all are aligned.
 _ORDER = (
@@ -68,23 +70,18 @@ class SafetensorsReader:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}")
-        try:
-            opened: Any = safe_open(path, framework="pt", device="cpu")
-            self._handle = opened.__enter__()
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        # The library has checked the header by now; what it does not tell are the offsets.
-        self._file = path.open("rb")
-        (length,) = struct.unpack("<Q", self._file.read(8))
-        header: dict[str, Any] = json.loads(self._file.read(length))
-        self.metadata: dict[str, str] | None = header.pop("__metadata__", None)
+        header, start = read_header(path)
         self.tensors = {
             name: StoredTensor(
-                TensorSpec(entry["dtype"], tuple(entry["shape"]), end - begin), 8 + length + begin
+                TensorSpec(entry["dtype"], tuple(entry["shape"]), end - begin), start + begin
             )
             for name, entry in header.items()
             for begin, end in (entry["data_offsets"],)
         }
+        opened: Any = safe_open(path, framework="pt", device="cpu")
+        self._handle = opened.__enter__()
+        self.metadata: dict[str, str] | None = self._handle.metadata()
+        self._file = path.open("rb")
 
     def load(self, name: str) -> Tensor:
         """The tensor, on the CPU."""

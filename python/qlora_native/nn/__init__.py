@@ -10,6 +10,7 @@ from qlora_native.nn.model import (
     print_trainable_parameters,
     quantize_model,
 )
+from qlora_native.nn.nf4_experts import NF4Experts
 from qlora_native.nn.nf4_linear import NF4Linear
 from qlora_native.nn.routing import set_lora
 
@@ -17,6 +18,7 @@ __all__ = [
     "LoRAAdapter",
     "LoRALinear",
     "MergeReport",
+    "NF4Experts",
     "NF4Linear",
     "add_lora",
     "count_parameters",

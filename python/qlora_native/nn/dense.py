@@ -1,7 +1,6 @@
 """From 4-bit layers back to dense ones."""
 
 from collections import Counter
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -24,14 +23,12 @@ def dense_dtype(model: nn.Module) -> torch.dtype:
     if sizes:
         return sizes.most_common(1)[0][0]
     configured = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(configured, str):  # as it is once the model was saved
+        configured = getattr(torch, configured, None)
     return configured if configured in FLOAT_DTYPES else torch.float32
 
 
-def dequantize_layers(
-    model: nn.Module,
-    dtype: torch.dtype | None = None,
-    skip: Callable[[nn.Module], bool] | None = None,
-) -> list[str]:
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every 4-bit layer of `model` by the dense layer that it stands for, in place.
 
     A 4-bit layer is a module with a method `to_dense(dtype)`, as `NF4Linear` has one. A layer that
@@ -40,7 +37,6 @@ def dequantize_layers(
     Args:
         model: any module that is not itself a 4-bit layer.
         dtype: float32, bfloat16 or float16; None: `dense_dtype(model)`.
-        skip: says of a 4-bit layer whether it stays as it is.
 
     Returns:
         The names of the layers that were replaced, each by the first of its names.
@@ -53,7 +49,7 @@ def dequantize_layers(
         raise ValueError(
             "dequantize_layers: the model is itself the layer to replace; call its to_dense"
         )
-    names = modules_with_names(model, lambda m: is_four_bit(m) and not (skip and skip(m)))
+    names = modules_with_names(model, is_four_bit)
     for layer, places in names.items():
         check_materialised("dequantize_layers", places[0], layer)
     first_names = [places[0] for places in names.values()]
@@ -76,12 +72,18 @@ def check_dtype(operation: str, dtype: torch.dtype | None) -> torch.dtype | None
 
 
 def check_materialised(operation: str, name: str, layer: nn.Module) -> None:
-    """Raise ValueError if the layer's weight is somewhere else than in memory."""
-    if any(parameter.is_meta for parameter in layer.parameters()):
-        raise ValueError(
-            f"{operation}: {name} has parameters on the meta device, as offloaded layers have; "
-            "load the model without offloading"
-        )
+    """Raise ValueError if the layer's weights are not all here: offloaded, or sharded."""
+    for parameter in layer.parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{operation}: {name} has parameters on the meta device, as offloaded layers have; "
+                "load the model without offloading"
+            )
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(
+                f"{operation}: {name} is sharded over processes; save the adapter, and merge it in "
+                "one process"
+            )
 
 
 def replacement(old: nn.Module, new: nn.Module) -> nn.Module:

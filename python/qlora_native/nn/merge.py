@@ -18,7 +18,7 @@ from qlora_native.nn.dense import (
 )
 from qlora_native.nn.lora_linear import LoRALinear
 from qlora_native.nn.merge_outputs import Batch, applying, compare_outputs, logits_on
-from qlora_native.nn.merge_report import LayerMerge, MergeReport, measure_layer
+from qlora_native.nn.merge_report import LayerMerge, MergeReport, check_finite, measure_layer
 from qlora_native.nn.model import check_not_root, modules_with_names, replace_module
 from qlora_native.nn.nf4_linear import NF4Linear
 from qlora_native.nn.routing import BASE, check_names
@@ -43,7 +43,9 @@ def merge_lora(
     what was trained. W + ΔW is added up in fp32 and rounded once: to `dtype`, or to NF4.
 
     Args:
-        model: any module with LoRALinear layers.
+        model: any module with LoRALinear layers; or a PeftModel, whose LoRA is merged by PEFT's
+            `merge_and_unload` (`dtype`, `into` and `reversible` are then as they are by default):
+            go on with the report's `model`, the dense one.
         dtype: of the dense weights and their biases; None: that of most of the model's other
             weights, but a dense base keeps its own.
         names: the adapter to merge, or several, whose changes are added up; None: the one in force.
@@ -59,7 +61,7 @@ def merge_lora(
             model is called with by name, or the one tensor that it is called with.
 
     Returns:
-        What it cost, layer by layer; print it. Its `model` is `model`.
+        What it cost, layer by layer; print it. Its `model` is `model`, but for a PeftModel.
 
     Raises:
         ValueError: the model has no LoRALinear, is itself one, or is merged already; there is no
@@ -69,6 +71,8 @@ def merge_lora(
     """
     check_not_distributed("merge_lora", model)
     _check_arguments(dtype, into, reversible)
+    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
+        return _merge_peft_model(model, dtype, names, into, reversible, batch)
     layers: _Layers = modules_with_names(model, lambda module: isinstance(module, LoRALinear))
     chosen = _chosen_adapters(model, layers, names)
     _check_layers(layers, chosen)
@@ -99,8 +103,8 @@ def merge_lora(
             others = _dequantize_others(model, model_dtype, undo)
         if batch is not None and before is not None:
             outputs = compare_outputs(model, batch, before, logits_on(model, batch))
-    if into == "dense" and not reversible:
-        _forget_quantization(model)
+    if not reversible:
+        _tell_transformers(model, is_dense=into == "dense")
     report = MergeReport(
         into="NF4" if into == "nf4" else str(model_dtype).removeprefix("torch."),
         base="the weights that the updates were trained beside",
@@ -113,6 +117,25 @@ def merge_lora(
     if into == "nf4":
         _warn_of_loss(report)
     return report
+
+
+def _merge_peft_model(
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    names: str | Sequence[str] | None,
+    into: str,
+    reversible: bool,
+    batch: Batch | None,
+) -> MergeReport:
+    if dtype is not None or into != "dense" or reversible:
+        raise ValueError(
+            f"merge_lora: the model is a {type(model).__name__}, whose merge is into dense weights "
+            "of the model's own dtype; cast or quantise the merged model, and for a merge that can "
+            "be taken back call its merge_adapter and unmerge_adapter"
+        )
+    from qlora_native.hf.peft.merge_report import merge_peft_model
+
+    return merge_peft_model(model, names, batch)
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
@@ -188,12 +211,6 @@ def _check_layers(layers: _Layers, chosen: Mapping[LoRALinear, tuple[str, ...]])
         for name in chosen[layer]:
             for part, parameter in layer.adapters[name].named_parameters():
                 check_finite("merge_lora", place, f"{part} of {name!r}", parameter)
-
-
-def check_finite(operation: str, place: str, what: str, tensor: Tensor) -> None:
-    """Raise ValueError if `what` of the layer at `place` has a NaN or Inf."""
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{operation}: {place}: {what} has a NaN or Inf")
 
 
 def _own_dtype(layer: LoRALinear, model_dtype: torch.dtype) -> torch.dtype:
@@ -280,11 +297,14 @@ def _undone_on_error() -> Iterator[_Undo]:
 # ---- after
 
 
-def _forget_quantization(model: nn.Module) -> None:
-    if any("hf_quantizer" in vars(module) for module in model.modules()):
-        from qlora_native.hf.dense import forget_quantization
+def _tell_transformers(model: nn.Module, is_dense: bool) -> None:
+    """Where it is a model of transformers, its config and flags say what it is now."""
+    if any(hasattr(getattr(module, "config", None), "to_dict") for module in model.modules()):
+        from qlora_native.hf.dense import forget_quantization, note_untied_head
 
-        forget_quantization(model)
+        note_untied_head(model)
+        if is_dense:
+            forget_quantization(model)
 
 
 def _warn_of_loss(report: MergeReport) -> None:

@@ -5,9 +5,10 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-_ELEMENTS = 2**22  # of a weight that are converted to fp64 at a time
+_ELEMENTS = 2**19  # of a weight that are converted to fp64 at a time
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class LayerMerge:
     weight_norm: float  # ‖W‖
     update_norm: float  # ‖ΔW‖
     lost_norm: float  # ‖merged − (W + ΔW)‖: what rounding, or quantising again, has changed
-    # ‖W − W_trained‖, where W is not the weight that the update was trained beside.
+    # ‖(W + ΔW) − (W + ΔW)_trained‖, where W is not the weight that the update was trained beside.
+    # For LoRA, whose ΔW is the same beside any W, this is ‖W − W_trained‖.
     base_change_norm: float | None = None
 
     @property
@@ -38,7 +40,7 @@ class LayerMerge:
 
     @property
     def base_change_of_update(self) -> float | None:
-        """‖W − W_trained‖ / ‖ΔW‖; None where W was trained beside, or there is no update."""
+        """base_change_norm / ‖ΔW‖; None where W was trained beside, or there is no update."""
         if self.base_change_norm is None or not self.update_norm:
             return None
         return self.base_change_norm / self.update_norm
@@ -112,7 +114,7 @@ def measure_layer(
 ) -> LayerMerge:
     """The LayerMerge of `merged`, in its own dtype, where `exact` is W + ΔW and `base` is W.
 
-    All are `[n, k]`; a run of rows at a time is converted to fp64. `trained` is W_trained.
+    All are `[n, k]`; a run of rows at a time is converted to fp64. `trained` is (W + ΔW)_trained.
     """
     n, k = base.shape
     rows = max(1, _ELEMENTS // k)
@@ -122,12 +124,18 @@ def measure_layer(
         w, sum_, m = base[run].double(), exact[run].double(), merged[run].double()
         differences = {"weight": w, "update": sum_ - w, "lost": m - sum_}
         if trained is not None:
-            differences["change"] = w - trained[run].double()
+            differences["change"] = sum_ - trained[run].double()
         for key, difference in differences.items():
             sums[key] += difference.square().sum().item()
     norms = {key: math.sqrt(value) for key, value in sums.items()}
     change = None if trained is None else norms["change"]
     return LayerMerge(name, (n, k), norms["weight"], norms["update"], norms["lost"], change)
+
+
+def check_finite(operation: str, place: str, what: str, tensor: Tensor) -> None:
+    """Raise ValueError if `what` of the layer at `place` has a NaN or Inf."""
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{operation}: {place}: {what} has a NaN or Inf")
 
 
 _SHOWN = 10
@@ -136,7 +144,7 @@ _SHOWN = 10
 def _lines(report: MergeReport) -> list[str]:
     count = len(report.layers)
     lines = [
-        f"Merged {count} layer{'s' * (count != 1)} into {report.into}; the base is {report.base}."
+        f"Merged {count} layer{'s' * (count != 1)} into {report.into}, added to {report.base}."
     ]
     if report.dequantized:
         lines.append(f"{len(report.dequantized)} more 4-bit layers without an update became dense.")
@@ -150,7 +158,7 @@ def _lines(report: MergeReport) -> list[str]:
 def _table(report: MergeReport) -> list[str]:
     has_change = any(layer.base_change_norm is not None for layer in report.layers)
     header = ["layer", "shape", "‖ΔW‖/‖W‖", "lost/‖ΔW‖", "lost/‖W‖"]
-    rows = [header + ["‖W−W_trained‖/‖ΔW‖"] * has_change]
+    rows = [header + ["base/‖ΔW‖"] * has_change]
     for layer in report.worst(_SHOWN):
         size = layer.update_norm / layer.weight_norm if layer.weight_norm else None
         cells = [layer.name, f"{layer.shape[0]}×{layer.shape[1]}", _figure(size)]
@@ -165,8 +173,11 @@ def _table(report: MergeReport) -> list[str]:
     ]
     shown = len(rows) - 1
     which = f"the worst {shown} of {len(report.layers)}" if shown < len(report.layers) else "all"
+    explained = "Lost is ‖merged − (W + ΔW)‖"
+    if has_change:
+        explained += ", base ‖W − W_trained‖"
     return [
-        f"Lost is ‖merged − (W + ΔW)‖; {which}, worst first; median of lost/‖ΔW‖: {median}.",
+        f"{explained}; {which}, worst first; median of lost/‖ΔW‖: {median}.",
         *table,
     ]
 

@@ -1,5 +1,6 @@
 """Turning a model of linear layers into a QLoRA model, and back."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from qlora_native.nn.lora_linear import LoRALinear
+from qlora_native.nn.nf4_experts import NF4Experts, is_experts
 from qlora_native.nn.nf4_linear import NF4Linear
 from qlora_native.nn.wrapping import check_not_distributed, plain_name
 
@@ -25,8 +27,9 @@ def quantize_model(
 ) -> nn.Module:
     """Replace every `nn.Linear` of `model` by an `NF4Linear`, in place and one at a time.
 
-    The dense weight of a layer is dropped before the next is quantised, so memory peaks at the
-    model plus one layer.
+    The experts of transformers' mixtures, which are parameters of three dimensions, become
+    NF4Experts. The dense weight of a layer is dropped before the next is quantised, so memory peaks
+    at the model plus one layer.
 
     Args:
         model: any module; it is also what is returned.
@@ -36,6 +39,9 @@ def quantize_model(
         double_quant: store the scales in 8 bits.
         compute_dtype: of the layers, see `NF4Linear`.
         progress: called with (layers done, layers in all, name of the layer) after each.
+
+    A model of transformers can then be saved with `save_pretrained` and loaded again as a 4-bit
+    model, once `qlora_native.hf` is imported.
 
     Raises:
         ValueError: there is nothing to quantise, a name in `skip` matches no module, a layer's
@@ -52,15 +58,16 @@ def quantize_model(
     targets = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name_matches(name, entry) for entry in skip)
+        if (isinstance(module, nn.Linear) or is_experts(module))
+        and not any(name_matches(name, entry) for entry in skip)
     ]
-    subclasses = [name for name, module in targets if type(module) is not nn.Linear]
+    subclasses = [name for name, module in targets if not is_quantizable(module)]
     if subclasses:
         warnings.warn(
             "quantize_model leaves subclasses of nn.Linear dense: " + ", ".join(subclasses),
             stacklevel=2,
         )
-    targets = [(name, module) for name, module in targets if type(module) is nn.Linear]
+    targets = [(name, module) for name, module in targets if is_quantizable(module)]
     if not targets:
         raise ValueError("quantize_model: the model has no nn.Linear to quantise (after skip)")
     check_not_root("quantize_model", model, [module for _, module in targets])
@@ -68,10 +75,11 @@ def quantize_model(
     _warn_of_other_weights(model, skip)
 
     for done, name in enumerate([name for name, _ in targets], start=1):
-        linear = targets.pop(0)[1]  # the list must not keep the dense weight alive
+        layer = targets.pop(0)[1]  # the list must not keep the dense weight alive
+        quantize = NF4Linear.from_linear if type(layer) is nn.Linear else NF4Experts.from_experts
         try:
-            quantized = NF4Linear.from_linear(
-                linear,
+            quantized = quantize(
+                layer,
                 block_size=block_size,
                 double_quant=double_quant,
                 compute_dtype=compute_dtype,
@@ -81,6 +89,7 @@ def quantize_model(
         replace_module(model, [name], quantized)
         if progress is not None:
             progress(done, done + len(targets), name)
+    _tell_transformers(model, block_size, double_quant, compute_dtype, skip)
     return model
 
 
@@ -89,9 +98,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     for module in model.modules():
-        if isinstance(module, NF4Linear):
+        if isinstance(module, NF4Linear | NF4Experts):
             stored = sum(p.numel() for p in module.parameters() if p.dtype == torch.uint8)
-            total += module.weight_shape.numel() - stored
+            total += module.weight_count - stored
     return trainable, total
 
 
@@ -119,17 +128,24 @@ def modules_with_names(model: nn.Module, is_wanted: Callable[[nn.Module], bool])
     return layers
 
 
-def _check_untied(model: nn.Module, targets: Sequence[tuple[str, nn.Linear]]) -> None:
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether there is a 4-bit layer for it. A subclass may compute something else."""
+    return type(module) is nn.Linear or is_experts(module)
+
+
+def _check_untied(model: nn.Module, targets: Sequence[tuple[str, nn.Module]]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for name, linear in targets:
-        shared = [owner for owner in owners[id(linear.weight)] if owner != f"{name}.weight"]
-        if shared:
-            raise ValueError(
-                f"quantize_model: {name}.weight is also {', '.join(shared)}; quantising it would "
-                f"untie them: add {name!r} to skip"
-            )
+    for name, layer in targets:
+        for weight_name, weight in layer.named_parameters(recurse=False):
+            weight_name = f"{name}.{weight_name}"
+            shared = [owner for owner in owners[id(weight)] if owner != weight_name]
+            if shared and weight.dim() > 1:
+                raise ValueError(
+                    f"quantize_model: {weight_name} is also {', '.join(shared)}; quantising it "
+                    f"would untie them: add {name!r} to skip"
+                )
 
 
 def _warn_of_other_weights(model: nn.Module, skip: Sequence[str]) -> None:
@@ -137,7 +153,8 @@ def _warn_of_other_weights(model: nn.Module, skip: Sequence[str]) -> None:
     left = [
         (f"{name}.{parameter_name}".lstrip("."), parameter)
         for name, module in model.named_modules()
-        if not isinstance(module, nn.Linear | nn.Embedding | NF4Linear)
+        if not isinstance(module, nn.Linear | nn.Embedding | NF4Linear | NF4Experts)
+        and not is_experts(module)
         and not any(name_matches(name, entry) for entry in skip)
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2 and parameter.is_floating_point()
@@ -149,6 +166,23 @@ def _warn_of_other_weights(model: nn.Module, skip: Sequence[str]) -> None:
             + ", ".join(name for name, _ in left),
             stacklevel=3,
         )
+
+
+def _tell_transformers(
+    model: nn.Module,
+    block_size: int,
+    double_quant: bool,
+    compute_dtype: torch.dtype | None,
+    skip: Sequence[str],
+) -> None:
+    """Where it is a model of transformers, its config.json has to say how to load what it saves."""
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from qlora_native.hf import NF4Config
+        from qlora_native.hf.quantizer import NF4HfQuantizer
+
+        config = NF4Config(block_size, double_quant, compute_dtype, list(skip))
+        NF4HfQuantizer(config, pre_quantized=True).attach(model)
 
 
 def check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:

@@ -1,6 +1,7 @@
 """NF4Linear: a linear layer whose frozen weight is stored in 4 bits."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -124,6 +125,16 @@ class NF4Linear(nn.Module):
         return torch.Size((self.out_features, self.in_features))
 
     @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Of the weights that are 4-bit, as the dense layer has them."""
+        return ("weight",)
+
+    @property
+    def weight_count(self) -> int:
+        """How many weights the codes stand for."""
+        return self.weight_shape.numel()
+
+    @property
     def nf4_weight(self) -> NF4Weight:
         """The weight; it shares the parameters' memory."""
         return NF4Weight(self.tensors(), self.weight_shape)
@@ -234,14 +245,12 @@ class NF4Linear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Refuse a weight that is not bytes: copying would turn floats into codes in silence."""
-        for name in WEIGHT_PARAMETERS:
-            tensor = state_dict.get(prefix + name)
-            if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8:
-                error_msgs.append(
-                    f'NF4Linear: "{prefix}{name}" is {tensor.dtype} {list(tensor.shape)}, want '
-                    "uint8; a dense weight is quantised by NF4Linear.from_linear or quantize_model"
-                )
-                return
+        if problem := unless_bytes(state_dict, prefix, WEIGHT_PARAMETERS):
+            error_msgs.append(
+                f"NF4Linear: {problem}; a dense weight is quantised by NF4Linear.from_linear or "
+                "quantize_model"
+            )
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -251,6 +260,15 @@ def by_parameter(tensors: NF4Tensors) -> dict[str, Tensor]:
     """The stored tensors by the names that an NF4Linear gives them."""
     named = zip(WEIGHT_PARAMETERS, tensors[:4], strict=True)
     return {name: tensor for name, tensor in named if tensor is not None}
+
+
+def unless_bytes(state_dict: dict[str, Any], prefix: str, names: Iterable[str]) -> str | None:
+    """What is wrong with the first of these tensors that is not uint8, if any is."""
+    for name in names:
+        tensor = state_dict.get(prefix + name)
+        if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8:
+            return f'"{prefix}{name}" is {tensor.dtype} {list(tensor.shape)}, want uint8'
+    return None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

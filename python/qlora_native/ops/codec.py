@@ -20,8 +20,10 @@ from qlora_native.ops.storage import (
 )
 
 
-def quantize(w: Tensor, block_size: int, double_quant: bool) -> NF4Tensors:
-    """Quantise `w`, whose last dimension is k and the product of the others n."""
+def quantize(
+    w: Tensor, block_size: int, double_quant: bool, out: NF4Tensors | None = None
+) -> NF4Tensors:
+    """Quantise `w`, whose last dimension is k, the product of the others n; into `out`, if any."""
     check_block_size("nf4_quantize", block_size)
     if w.dtype not in FLOAT_DTYPES:
         raise ValueError(f"nf4_quantize: w is {w.dtype}, want float32, bfloat16 or float16")
@@ -33,12 +35,23 @@ def quantize(w: Tensor, block_size: int, double_quant: bool) -> NF4Tensors:
     if needs_dispatcher(w):
         parts = torch.ops.qlora_native.nf4_quantize(w, n, k, block_size, double_quant)
         codes, absmax, nested_absmax, nested_offset = (*parts, None, None)[:4]
-        return NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
-    return _quantize(w, n, k, block_size, double_quant)
+        made = NF4Tensors(codes, absmax, nested_absmax, nested_offset, n, k, block_size)
+        return made if out is None else _copy_into(out, made)
+    return _quantize(w, n, k, block_size, double_quant, out)
 
 
-def _quantize(w: Tensor, n: int, k: int, block_size: int, double_quant: bool) -> NF4Tensors:
-    out = empty_nf4_tensors(n, k, block_size, double_quant, w.device)
+def _copy_into(out: NF4Tensors, made: NF4Tensors) -> NF4Tensors:
+    for to, part in zip(out[:4], made[:4], strict=True):
+        if to is not None and part is not None:
+            to.copy_(part)
+    return out
+
+
+def _quantize(
+    w: Tensor, n: int, k: int, block_size: int, double_quant: bool, out: NF4Tensors | None = None
+) -> NF4Tensors:
+    if out is None:
+        out = empty_nf4_tensors(n, k, block_size, double_quant, w.device)
     run_core(_core.nf4_quantize, in_memory(w).view(n, k), out, *execution(w))
     return out
 

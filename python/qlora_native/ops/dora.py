@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from qlora_native import _core
 from qlora_native.ops.base_product import (
     BaseWeight,
     autocast_disabled,
@@ -34,7 +35,7 @@ from qlora_native.ops.lora_update import (
     dropped,
     weight_of,
 )
-from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, in_memory
+from qlora_native.ops.storage import FLOAT_DTYPES, NF4Tensors, execution, in_memory, run_core
 
 _NORM_ELEMENTS = 1 << 20  # of a weight that are dense at a time
 
@@ -165,16 +166,40 @@ def _forward(
     """(y[..., n], t[m, r], rows before they are scaled [..., n], norms [n]), without autograd."""
     x = in_memory(x)
     norms = _norms(weight, factors, x.dtype, weight_norm_squared)
-    gain = magnitude.float() / norms
     x_dropped = dropped(x, factors)
     rows = base_forward(x_dropped, weight, None)
     t = add_update(x_dropped, rows, factors)
+    # Of what was dropped, the base's product alone.
+    addend = None if factors.seed is None else base_forward(x - x_dropped, weight, None)
+    return _scale(rows, magnitude / norms, addend, bias), t, rows, norms
+
+
+def _scale(rows: Tensor, gain: Tensor, addend: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y[..., n] = gain[n] · rows + addend + bias, rounded once; not in the memory of rows."""
+    if rows.is_cpu:
+        y = torch.empty_like(rows) if addend is None else addend
+        bias = None if bias is None else in_memory(bias)
+        run_core(_core.dora_scale, rows, gain, addend, bias, y, *execution(rows))
+        return y
     y = rows * gain
-    if factors.seed is not None:  # the base's product of what was dropped
-        y += base_forward(x - x_dropped, weight, None)
+    if addend is not None:
+        y += addend
     if bias is not None:
         y += bias
-    return y.to(x.dtype), t, rows, norms
+    return y.to(rows.dtype)
+
+
+def _scale_backward(dy: Tensor, rows: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of `_scale`: the gradient in rows, and in gain in fp32 unless rows are absent."""
+    if dy.is_cpu:
+        scaled = torch.empty_like(dy)
+        sums = None if rows is None else torch.empty_like(gain)
+        run_core(_core.dora_scale_backward, dy, rows, gain, scaled, sums, *execution(dy))
+        return scaled, sums
+    sums = None
+    if rows is not None:
+        sums = (rows_of(dy).float() * rows_of(rows)).sum(0)
+    return (dy * gain).to(dy.dtype), sums
 
 
 def _backward(
@@ -193,11 +218,8 @@ def _backward(
     dx is None unless asked for, grad_magnitude without the rows.
     """
     x, dy = in_memory(x), in_memory(dy)
-    grad_magnitude = None
-    if rows is not None:
-        sums = (rows_of(dy).float() * rows_of(rows)).sum(0)
-        grad_magnitude = (sums / norms).to(magnitude.dtype)
-    scaled = (dy * (magnitude.float() / norms)).to(dy.dtype)
+    scaled, sums = _scale_backward(dy, rows, magnitude / norms)
+    grad_magnitude = None if sums is None else (sums / norms).to(magnitude.dtype)
     dx = base_grad_input(scaled, weight) if needs_dx else None
     grad_a, grad_b = add_update_gradients(scaled, dropped(x, factors), t, factors, dx)
     if dx is not None and factors.seed is not None:

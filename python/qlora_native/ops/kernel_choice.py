@@ -118,3 +118,11 @@ def lora_prefers_native(x: Tensor, lora_b: Tensor) -> bool:
         return False
     has_whole_runs = x.shape[-1] % _CUDA_LORA_RUN == 0 and lora_b.shape[0] % _CUDA_LORA_RUN == 0
     return has_whole_runs and _CUDA_LORA_DTYPES[x.dtype]
+
+
+def groups_prefer_native(x: Tensor) -> bool:
+    """Whether the core's operation takes the updates of a batch's groups: on a CPU.
+
+    On CUDA each group is a call of its own.
+    """
+    return x.is_cpu and x.numel() <= _MAX_LORA_TOKENS[_CPU_SET] * x.shape[-1]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from qlora_native import _core
 from qlora_native.ops.base_product import BaseWeight, base_forward, base_grad_input, rows_of
 from qlora_native.ops.doors import direct_apply, needs_autograd, needs_dispatcher
+from qlora_native.ops.kernel_choice import groups_prefer_native
 from qlora_native.ops.linear import check_bias, check_input, grad_bias, nf4_linear_grad_input
 from qlora_native.ops.lora_update import (
     BASE_SCHEMA,
@@ -24,7 +26,7 @@ from qlora_native.ops.lora_update import (
     dropped,
     weight_of,
 )
-from qlora_native.ops.storage import NF4Tensors, in_memory
+from qlora_native.ops.storage import NF4Tensors, execution, in_memory, run_core
 
 
 class LoRAGroup(NamedTuple):
@@ -146,12 +148,34 @@ def _forward(
     """(y[..., n], every group's t[rows, r], one after another), without autograd."""
     x = in_memory(x)
     y = base_forward(x, weight, bias)
+    if groups_prefer_native(x):
+        stored = [in_memory(factor) for factor in pairs]
+        t = x.new_empty(_t_count(plan, pairs[::2]))
+        run_core(_core.lora_forward_grouped, x, stored, seeds, *plan, t, y, *execution(x))
+        return y, t
+    return y, _add_updates(x, y, plan, pairs, seeds)
+
+
+def _add_updates(
+    x: Tensor, y: Tensor, plan: _Groups, pairs: Sequence[Tensor], seeds: Sequence[Tensor]
+) -> Tensor:
+    """The core's lora_forward_grouped by a call for each group; returns t."""
     x_rows, y_rows = rows_of(x), rows_of(y)
     parts = []
     for _, (begin, end, factors) in _unlisted(plan, pairs, seeds):
-        x_group = dropped(x_rows[begin:end], factors)
-        parts.append(add_update(x_group, y_rows[begin:end], factors).view(-1))
-    return y, torch.cat(parts) if parts else x.new_empty(0)
+        if begin == end:
+            continue
+        x_group, y_group = (rows.narrow(0, begin, end - begin) for rows in (x_rows, y_rows))
+        parts.append(add_update(dropped(x_group, factors), y_group, factors).view(-1))
+    return torch.cat(parts) if parts else x.new_empty(0)
+
+
+def _t_count(plan: _Groups, lora_a: Sequence[Tensor]) -> int:
+    """The elements of every group's t."""
+    return sum(
+        (end - begin) * lora_a[adapter].shape[0]
+        for begin, end, adapter in zip(plan.begins, plan.ends, plan.adapters, strict=True)
+    )
 
 
 def _backward(
@@ -167,27 +191,57 @@ def _backward(
     """dx, None unless asked for, and the gradients of the pairs of factors, of `_forward`."""
     x, dy = in_memory(x), in_memory(dy)
     dx = base_grad_input(dy, weight) if needs_dx else None
-    x_rows, dy_rows = rows_of(x), rows_of(dy)
-    # fp32, so that a pair's sum over its groups is rounded once.
-    gradients = [factor.new_zeros(factor.shape, dtype=torch.float32) for factor in pairs]
+    if groups_prefer_native(x):
+        stored = [in_memory(factor) for factor in pairs]
+        found = [torch.empty_like(factor) for factor in stored]
+        arguments = dy, x, t, stored, seeds, *plan, found, dx, *execution(x)
+        run_core(_core.lora_backward_grouped, *arguments)
+        return dx, found
+    return dx, _update_gradients(dy, x, t, dx, plan, pairs, seeds)
+
+
+def _update_gradients(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    dx: Tensor | None,
+    plan: _Groups,
+    pairs: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+) -> list[Tensor]:
+    """The core's lora_backward_grouped by a call for each group; adds to dx."""
+    # In fp32, so that a pair's sum over its groups is rounded once.
+    sums: list[Tensor | None] = [None] * len(pairs)
     taken = 0
     for adapter, (begin, end, factors) in _unlisted(plan, pairs, seeds):
-        r = factors.lora_a.shape[0]
-        count = (end - begin) * r
-        t_group = t[taken : taken + count].view(end - begin, r)
-        taken += count
-        dx_group = None if dx is None else rows_of(dx)[begin:end]
-        has_mask = factors.seed is not None and dx_group is not None
-        dx_lora = torch.zeros_like(x_rows[begin:end]) if has_mask else dx_group
-        x_group = dropped(x_rows[begin:end], factors)
+        if begin == end:
+            continue
         factors = factors._replace(lora_a=factors.lora_a.float(), lora_b=factors.lora_b.float())
-        found = add_update_gradients(dy_rows[begin:end], x_group, t_group, factors, dx_lora)
-        for gradient, part in zip(gradients[2 * adapter :], found, strict=False):
-            gradient.add_(part)
-        if dx_group is not None and dx_lora is not None and has_mask:
+        r = factors.lora_a.shape[0]
+        x_group, dy_group = (rows_of(rows).narrow(0, begin, end - begin) for rows in (x, dy))
+        t_group = t.narrow(0, taken, (end - begin) * r).view(end - begin, r)
+        taken += t_group.numel()
+        dx_group = None if dx is None else rows_of(dx).narrow(0, begin, end - begin)
+        dx_lora = dx_group
+        if dx_group is not None and factors.seed is not None:
+            dx_lora = torch.zeros_like(dx_group)  # passes the mask before it is added
+        x_group = dropped(x_group, factors)
+        parts = add_update_gradients(dy_group, x_group, t_group, factors, dx_lora)
+        for i, part in enumerate(parts, start=2 * adapter):
+            before = sums[i]
+            sums[i] = part if before is None else before.add_(part)
+        if dx_group is not None and dx_lora is not None and dx_lora is not dx_group:
             dx_group.add_(dropped(dx_lora, factors, out=dx_lora))
-    return dx, [
-        gradient.to(factor.dtype) for gradient, factor in zip(gradients, pairs, strict=True)
+    return _in_dtypes(sums, pairs)
+
+
+def _in_dtypes(gradients: Sequence[Tensor | None], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums in the dtype of their factors; zeros for those without a group."""
+    return [
+        torch.zeros_like(factor, memory_format=torch.contiguous_format)
+        if gradient is None
+        else gradient.to(factor.dtype)
+        for gradient, factor in zip(gradients, factors, strict=True)
     ]
 
 
@@ -292,10 +346,7 @@ def _differentiable_backward(
             gradients[i] = part if before is None else before + part
         update = torch.mm(u, a) * mask
         dx = torch.cat([dx[:begin], dx[begin:end] + update, dx[end:]])
-    return dx.view_as(x), [
-        torch.zeros_like(factor) if gradient is None else gradient.to(factor.dtype)
-        for factor, gradient in zip(pairs, gradients, strict=True)
-    ]
+    return dx.view_as(x), _in_dtypes(gradients, pairs)
 
 
 # The operator takes the factors A and the factors B as a list each: its gradients are lists too.
@@ -353,11 +404,7 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     n, plan = rest[4], _Groups(*rest[7:])
-    t_count = sum(
-        (end - begin) * lora_a[adapter].shape[0]
-        for begin, end, adapter in zip(plan.begins, plan.ends, plan.adapters, strict=True)
-    )
-    return x.new_empty(*x.shape[:-1], n), x.new_empty(t_count)
+    return x.new_empty(*x.shape[:-1], n), x.new_empty(_t_count(plan, lora_a))
 
 
 @torch.library.custom_op(

@@ -25,10 +25,10 @@ def test_no_command_is_an_error(capsys):
     with pytest.raises(SystemExit) as error:
         main([])
     assert error.value.code == 2
-    assert "demo|train|convert|info" in capsys.readouterr().err
+    assert "demo|train|merge|convert|info" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "train"])
+@pytest.mark.parametrize("command", ["demo", "train", "merge", "convert"])
 def test_help_and_info_do_without_the_extra_packages(command):
     """Without transformers help still works, and the command says what to install."""
     program = (
@@ -40,9 +40,16 @@ def test_help_and_info_do_without_the_extra_packages(command):
         "except SystemExit as done: assert done.code == 0\n"
         f"sys.exit(main(['{command}'] + sys.argv[1:]))\n"
     )
-    options = ["--model", "x", "--data", "x", "--output", "x"] if command == "train" else []
+    options = {
+        "train": ["--model", "x", "--data", "x", "--output", "x"],
+        "merge": ["--adapter", "x", "--model", "x", "--output", "x"],
+        "convert": ["x", "y"],
+    }
     done = subprocess.run(
-        [sys.executable, "-c", program, *options], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *options.get(command, [])],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "pip install 'qlora_native[train]'" in done.stderr

@@ -6,6 +6,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from qlora_native.hf import NF4Config
+from qlora_native.nn import NF4Experts, NF4Linear
+
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -62,3 +65,13 @@ def tiny_t5(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
 def tiny_bert(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     settings = {**SIZES, "num_attention_heads": 4, **settings}
     return build("BertForSequenceClassification", transformers.BertConfig(**settings), dtype)
+
+
+def saved(model: Any, folder: Any, **settings: Any) -> Any:
+    """The model saved and loaded again in 4 bits."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, quantization_config=NF4Config(**settings))
+
+
+def nf4_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, NF4Linear | NF4Experts)]

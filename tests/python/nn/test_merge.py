@@ -625,6 +625,22 @@ def test_an_offloaded_layer_is_refused():
     assert isinstance(model.blocks[0].up, LoRALinear)
 
 
+def test_a_sharded_layer_is_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model()
+    place = f"file://{tmp_path / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=place, rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"blocks\.0\.up is sharded over processes; save the"):
+            merge_lora(model)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_model_without_lora_or_that_is_one_layer_is_refused():
     with pytest.raises(ValueError, match="merge_lora: the model has no LoRALinear"):
         merge_lora(Model())

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from qlora_native import _core, ops
-from qlora_native.ops import base_product, kernel_choice, lora, storage
+from qlora_native.ops import base_product, kernel_choice, lora, lora_groups, storage
 from qlora_native.ops.storage import NF4Tensors, empty_nf4_tensors
 from support import FLOAT_DTYPES, over_dtypes
 
@@ -169,6 +169,34 @@ def test_lora_takes_the_kernels_of_its_table(core, dtype, k, n, factors_dtype, k
         expected = ["nf4_linear_grad_input"] * (kind == "nf4" and needs_dx) + ["dropout"] * (p > 0)
         expected += ["lora_backward"] * is_native + ["dropout"] * (p > 0 and needs_dx)
         assert core.calls == expected
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize(("dtype", "k", "n"), LORA_ROWS, ids=str)
+def test_every_group_with_rows_is_a_call_of_its_own(core, dtype, k, n, p):
+    seed = gpu(1, dtype=torch.int64) if p else None
+    first, second = (
+        lora.LoRAFactors(gpu(r, k, dtype=torch.float32), gpu(n, r, dtype=torch.float32), seed, 1, p)
+        for r in (R, 3)
+    )
+    groups = [(0, 2, first), (2, 2, second), (2, 5, second), (7, 10, first)]
+    groups = [ops.LoRAGroup(*group) for group in groups]
+    x, dy = gpu(2, 5, k, dtype=dtype), gpu(2, 5, n, dtype=dtype)
+    is_native = LORA_ROWS[dtype, k, n]
+    plan, pairs, seeds = lora_groups._listed(x, n, k, groups)
+
+    y, t = lora_groups._forward(x, weight(n, k), None, plan, pairs, seeds)
+    assert (y.shape, y.dtype) == ((2, 5, n), dtype)
+    assert (t.shape, t.dtype) == ((5 * R + 3 * 3,), dtype)
+    group = ["dropout"] * (p > 0) + ["lora_forward"] * is_native
+    assert core.calls == ["nf4_linear", *3 * group]
+
+    core.calls.clear()
+    dx, gradients = lora_groups._backward(dy, x, t, weight(n, k), plan, pairs, seeds, True)
+    assert (dx.shape, dx.dtype) == (x.shape, dtype)
+    assert [gradient.shape for gradient in gradients] == [factor.shape for factor in pairs]
+    group = ["dropout"] * (p > 0) + ["lora_backward"] * is_native + ["dropout"] * (p > 0)
+    assert core.calls == ["nf4_linear_grad_input", *3 * group]
 
 
 def test_every_dtype_has_its_row():

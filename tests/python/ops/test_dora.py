@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_native import ops
+from qlora_native import _core, ops
 from qlora_native.ops import dora_linear, quantize, row_norms_squared
 from support import BLOCK_SIZES, assert_near, over_dtypes, over_nesting, same_bits
 
@@ -53,7 +53,7 @@ class Case:
         if self.seed is None:
             return torch.ones_like(x)
         out = torch.empty_like(x)
-        ops.lora_update._core.dropout(torch.ones_like(x), self.p, self.seed, out, 1, 0)
+        _core.dropout(torch.ones_like(x), self.p, self.seed, out, 1, 0)
         return out
 
     def peft_layer(self, x: Tensor, dtype: torch.dtype) -> nn.Module:

@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_native import ops
+from qlora_native import _core, ops
 from qlora_native.nn.nf4_linear import NF4Linear
-from qlora_native.ops import LoRAFactors, LoRAGroup, lora_linear, lora_linear_groups
+from qlora_native.ops import (
+    LoRAFactors,
+    LoRAGroup,
+    lora_groups,
+    lora_linear,
+    lora_linear_groups,
+    lora_update,
+)
 from support import (
     Approximate,
     assert_near,
@@ -19,6 +26,13 @@ from support import (
 )
 
 N, K, M = 37, 70, 12
+
+
+@pytest.fixture(params=[True, False], ids=["core", "composed"], autouse=True)
+def _both_ways(request, monkeypatch):
+    """By the core's operation, and by that for one update, as on CUDA; lora_linear likewise."""
+    monkeypatch.setattr(lora_groups, "groups_prefer_native", lambda _: request.param)
+    monkeypatch.setattr(lora_update, "lora_prefers_native", lambda *_: request.param)
 
 
 def base_of(kind: str, dtype: torch.dtype) -> tuple[nn.Module, ops.NF4Tensors | Tensor, Tensor]:
@@ -52,7 +66,7 @@ def mask_of(factors: LoRAFactors, rows: int, dtype: torch.dtype) -> Tensor:
     if factors.seed is None:
         return ones
     out = torch.empty_like(ones)
-    ops.lora_update._core.dropout(ones, factors.p, factors.seed, out, 1, 0)
+    _core.dropout(ones, factors.p, factors.seed, out, 1, 0)
     return out
 
 
@@ -276,5 +290,5 @@ def test_factors_of_another_layer_are_refused():
 def test_a_probability_out_of_range_is_refused():
     _, weight, bias = base_of("nf4", torch.float32)
     factors = LoRAFactors(torch.zeros(2, K), torch.zeros(N, 2), torch.zeros(1).long(), 1.0, 1.0)
-    with pytest.raises(ValueError, match=r"p is 1, want 0 <= p < 1"):
+    with pytest.raises(ValueError, match=r"p (of group 0 )?is 1, want 0 <= p < 1"):
         lora_linear_groups(torch.randn(M, K), weight, bias, [LoRAGroup(0, 1, factors)])

@@ -93,6 +93,12 @@ class ToBitsAndBytes:
         suffix = f".{WEIGHT_PARAMETERS[1]}"
         names = [name.removesuffix(suffix) for name in folder.file_of if name.endswith(suffix)]
         self.layers = [Layer(name, parts) for name in sorted(names)]
+        for name in folder.file_of:
+            if name.endswith("_absmax") and not name.endswith((suffix, f".{WEIGHT_PARAMETERS[2]}")):
+                raise NotImplementedError(
+                    f"{name}: is of a parameter that is no linear layer's weight, which a "
+                    "bitsandbytes checkpoint cannot hold in 4 bits"
+                )
         if not self.layers:
             raise ValueError("the checkpoint says that it is in 4 bits, and has no 4-bit weight")
         self._empty = {layer.name: self._checked(layer) for layer in self.layers}

@@ -1,6 +1,14 @@
 """PEFT on a model with NF4 layers: `install` makes `get_peft_model` and its company right there."""
 
-from qlora_native.hf.peft import counts, dispatch, injection, merging, mixed_batches
+from qlora_native.hf.peft import (
+    counts,
+    dispatch,
+    injection,
+    kbit_training,
+    merging,
+    mixed_batches,
+    tuners,
+)
 from qlora_native.hf.peft.lora_layer import NF4LoraLinear
 
 __all__ = ["NF4LoraLinear", "install"]
@@ -11,5 +19,6 @@ def install() -> None:
 
     Raises ImportError where the installed PEFT has not what is wrapped.
     """
-    for part in (dispatch, injection, merging, mixed_batches, counts):
+    # The order matters: `tuners` shows NF4 layers to what `injection` has wrapped before.
+    for part in (dispatch, injection, merging, mixed_batches, counts, kbit_training, tuners):
         part.install()

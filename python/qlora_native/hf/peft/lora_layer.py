@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,11 +18,21 @@ from qlora_native.nn import NF4Linear
 from qlora_native.nn.held_merge import held_forward
 from qlora_native.nn.lora_forward import dora_forward, draw_seed, lora_forward
 from qlora_native.nn.nf4_linear import parameter_of
-from qlora_native.nn.routing import RoutedLayer, Routing, groups_of_batch
+from qlora_native.nn.routing import (
+    Names,
+    RoutedLayer,
+    Routing,
+    groups_of_batch,
+    rows_of_each_element,
+)
 from qlora_native.nn.wrapping import check_not_distributed
 from qlora_native.ops.dora import row_norms_squared
 from qlora_native.ops.lora import LoRAFactors
 from qlora_native.ops.lora_groups import LoRAGroup
+
+# What the routing says while PEFT's active adapters act, or none does, is no adapter's name, and
+# changes with them: a recomputation that finds another than the forward is noticed.
+_DISABLED = "(PEFT's adapters disabled)"
 
 
 class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
@@ -64,6 +75,7 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
         self.merge_dtype = torch.float32  # of a merged weight; PEFT's merge calls have no such word
         self._weight_norms: Tensor | None = None
         self._active_names = ""
+        self._names_when_enabled: Names = None
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
         self.fan_in_fan_out = False  # a 4-bit weight is never transposed
         self.register_load_state_dict_post_hook(NF4LoraLinear._forget_weight_norms)
@@ -117,15 +129,30 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Let these adapters act, all of them for all rows, whatever `set_lora` has said before."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        # What the routing says while PEFT's active adapters act; no adapter has such a name.
-        self._active_names = f"__active__: {', '.join(self.active_adapters)}"
+        self._active_names = f"(PEFT's active adapters: {', '.join(self.active_adapters)})"
         self.routing.change(self._active_names)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let adapters act, as before, or the base alone; `set_lora` stays in force."""
         names = self.routing.names
+        if names == _DISABLED:
+            names = self._names_when_enabled
         super().enable_adapters(enabled)
-        self.routing.change(names)
+        self._names_when_enabled = names
+        self.routing.change(names if enabled else _DISABLED)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter; where `set_lora` has put it in force, PEFT's active ones act again."""
+        active = self._active_names
+
+        def survives(names: Names) -> bool:
+            is_in = isinstance(names, tuple) and adapter_name in names
+            return names not in (active, adapter_name) and not is_in
+
+        names, when_enabled = self.routing.names, self._names_when_enabled
+        super().delete_adapter(adapter_name)
+        self._names_when_enabled = when_enabled if survives(when_enabled) else self._active_names
+        self.routing.change(names if survives(names) else self._active_names)
 
     def lora_names(self) -> Collection[str]:
         """The names of the adapters."""
@@ -195,10 +222,14 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
         found = [name for name in dict.fromkeys(names) if name in self.lora_A]
         if found:
             _check_fusible(base)
-        if doras := [name for name in found if name in self.lora_variant]:
-            raise NotImplementedError(
-                f"NF4LoraLinear: the adapters {doras} are DoRA, which is not there for a batch of "
-                "several adapters; put the one adapter in force for all rows"
+        if any(name in self.lora_variant for name in found):
+            # Each DoRA scales the base's product in its own way: a run of one name at a time.
+            rows_of_each_element(names, x)
+            runs = [(name, sum(1 for _ in run)) for name, run in groupby(names)]
+            parts = x.split([length for _, length in runs])
+            pairs = zip(parts, runs, strict=True)
+            return torch.cat(
+                [self._forward_of_all(base, part, (name,)) for part, (name, _) in pairs]
             )
         factors = {name: self._factors(name, x) for name in found}
         y = lora_forward(base, x, groups_of_batch(names, x, factors))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -11,12 +12,14 @@ from qlora_native.hf.peft.lora_layer import NF4LoraLinear
 from qlora_native.hf.peft.patching import Function, wrap
 from qlora_native.hf.peft.rollback import unchanged_on_error
 from qlora_native.nn.dense import dense_dtype, dequantize_layers
+from qlora_native.nn.model import modules_with_names, replace_module
 
 
 def install() -> None:
     """Wrap `merge_adapter`, `merge_and_unload` and `unload`."""
     wrap(BaseTuner, "merge_adapter", ("adapter_names", "safe_merge"), _merges_whole)
-    wrap(BaseTuner, "merge_and_unload", ("safe_merge", "adapter_names"), _leaves_dense)
+    arguments = ("progressbar", "safe_merge", "adapter_names")
+    wrap(BaseTuner, "merge_and_unload", arguments, _leaves_dense)
     wrap(BaseTuner, "unload", (), _unloads_merged)
 
 
@@ -30,32 +33,54 @@ def _merges_whole(original: Function) -> Function:
 
 
 def _leaves_dense(original: Function) -> Function:
-    def merge_and_unload(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        if not has_nf4(self.model):
-            return original(self, *args, **kwargs)
+    def merge_and_unload(
+        self: Any,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        has_four_bit = has_nf4(self.model)
         dtype = _set_merge_dtype(self.model)
         with unchanged_on_error(self):
-            model = original(self, *args, **kwargs)
-        dequantize_layers(model, dtype)
-        return forget_quantization(model)
+            _take_out(self.model, True, safe_merge, adapter_names)
+            model = original(self, progressbar, safe_merge, adapter_names)
+        return _made_dense(model, dtype) if has_four_bit else model
 
     return merge_and_unload
 
 
 def _unloads_merged(original: Function) -> Function:
+    """PEFT's base keeps what is merged into it; of ours, so do the dense layers in its place."""
+
     def unload(self: Any) -> nn.Module:
-        layers = [layer for layer in self.model.modules() if isinstance(layer, NF4LoraLinear)]
-        is_merged = any(layer.merged for layer in layers)
+        merged = [m for m in self.model.modules() if isinstance(m, NF4LoraLinear) and m.merged]
+        _take_out(self.model, False, False, None)
         model = original(self)
-        if is_merged:  # then the layers that were are dense, as PEFT's would keep what is merged
-            dequantize_layers(model, layers[0].merge_dtype)
-            forget_quantization(model)
-        return model
+        return _made_dense(model, merged[0].merge_dtype) if merged else model
 
     return unload
 
 
-def _set_merge_dtype(model: nn.Module) -> Any:
+def _take_out(
+    model: nn.Module, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+) -> None:
+    """Put what stays in the places of the LoRA layers; not every tuner of PEFT would ask them."""
+    layers = modules_with_names(model, lambda module: isinstance(module, NF4LoraLinear))
+    for layer, names in layers.items():
+        unloaded: Any = layer
+        replace_module(
+            model,
+            names,
+            unloaded.unload_and_optionally_merge_module(merge, safe_merge, adapter_names),
+        )
+
+
+def _made_dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    dequantize_layers(model, dtype)
+    return forget_quantization(model)
+
+
+def _set_merge_dtype(model: nn.Module) -> torch.dtype:
     """Let NF4 layers merge to the dtype of the rest of `model`, which is returned."""
     dtype = dense_dtype(model)
     for layer in model.modules():

@@ -62,7 +62,8 @@ class MergingLayer(HeldMerge):
         """Compute with a dense weight that adapters are merged into, until `unmerge`.
 
         Args:
-            safe_merge: raise ValueError, and change nothing, where the result is not finite.
+            safe_merge: raise ValueError, and change nothing, where the result is not finite in the
+                dtype that it is held in.
             adapter_names: which; None: the active ones. Those that are merged already stay so.
         """
         names = check_adapters_to_merge(self, adapter_names)
@@ -70,7 +71,7 @@ class MergingLayer(HeldMerge):
         if not names:
             return
         merged = [*self.merged_adapters, *names]
-        weight = self.merged_weight(merged)
+        weight = self.merged_weight(merged).to(self.merge_dtype)
         if safe_merge:
             parts = [weight, *(self.bias_update(name) for name in merged)]
             if not all(part is None or torch.isfinite(part).all() for part in parts):

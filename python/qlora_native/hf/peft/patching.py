@@ -41,23 +41,25 @@ def wrap(
     original = checked(owner, name, parameters)
     if make in _makers_of(original):
         return
-    is_classmethod = inspect.ismethod(original)
     plain = getattr(original, "__func__", original)
     wrapper: Any = functools.wraps(plain)(make(plain))
     wrapper._made_by = make
-    setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)
+    if inspect.ismethod(original):
+        wrapper = classmethod(wrapper)
+    elif isinstance(inspect.getattr_static(owner, name), staticmethod):
+        wrapper = staticmethod(wrapper)
+    setattr(owner, name, wrapper)
 
 
 def wrap_everywhere(
     owner: Any, name: str, parameters: Sequence[str], make: Callable[[Function], Function]
 ) -> None:
-    """`wrap` a module's function, and put it too where PEFT's modules have imported it by name."""
+    """`wrap` a module's function, and put it too where it has been imported by name already."""
     original = checked(owner, name, parameters)
     wrap(owner, name, parameters, make)
     wrapper = getattr(owner, name)
-    for module_name, module in list(sys.modules.items()):
-        is_pefts = module_name == "peft" or module_name.startswith("peft.")
-        if is_pefts and vars(module).get(name) is original:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is original:
             setattr(module, name, wrapper)
 
 

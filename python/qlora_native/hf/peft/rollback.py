@@ -14,19 +14,19 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """If what is done inside raises, take back what it did to the modules of `model`.
 
     PEFT replaces layers one after another and loads weights into them afterwards, so that an error
-    leaves a model that is neither the one nor the other. What comes back: submodules, parameters,
-    buffers and other attributes of every module, one level deep; the config's; `requires_grad`; and
-    the memory of a parameter whose `.data` was replaced. Numbers that were changed in place stay
-    changed.
+    leaves a model that is neither the one nor the other. What comes back: the class, submodules,
+    parameters, buffers and other attributes of every module, one level deep; the config's;
+    `requires_grad`; and the memory of a parameter whose `.data` was replaced. Numbers that were
+    changed in place stay changed.
     """
     owners: list[Any] = list(model.modules())
     config = getattr(model, "config", None)
     if hasattr(config, "__dict__"):
         owners.append(config)
-    attributes = [(owner, dict(vars(owner))) for owner in owners]
+    attributes = [(owner, type(owner), dict(vars(owner))) for owner in owners]
     containers = [
         (value, value.copy())
-        for _, saved in attributes
+        for *_, saved in attributes
         for value in saved.values()
         if isinstance(value, _CONTAINERS)
     ]
@@ -34,7 +34,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for owner, saved in attributes:
+        for owner, kind, saved in attributes:
+            if type(owner) is not kind:
+                owner.__class__ = kind
             vars(owner).clear()
             vars(owner).update(saved)
         for container, contents in containers:

@@ -73,6 +73,15 @@ def lora(**settings) -> LoraConfig:
     return LoraConfig(**{**defaults, **settings})
 
 
+def stretch_magnitudes(*models: nn.Module) -> None:
+    """As training would: a new DoRA's magnitude is the norm, by which it is divided."""
+    with torch.no_grad():
+        for model in models:
+            for name, parameter in model.named_parameters():
+                if "lora_magnitude_vector" in name:
+                    parameter.mul_(torch.linspace(0.5, 1.5, len(parameter)))
+
+
 def tokens(rows: int = 3, columns: int = 9) -> Tensor:
     return torch.randint(1, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(5))
 

@@ -17,6 +17,7 @@ from peft_models import (
     lora,
     peft_twins,
     quietly,
+    stretch_magnitudes,
     tokens,
     twins,
     with_adapter,
@@ -73,6 +74,19 @@ def test_deleting_an_adapter_leaves_the_other():
     assert not any("default" in name for name in ours.state_dict())
 
 
+def test_deleting_an_adapter_that_set_lora_has_put_in_force_gives_peft_s_active_one():
+    model, _ = two_adapters()
+    add_adapter(model, "third", lora(r=2))
+    default = logits(model, tokens())
+    set_lora(model, "third")
+    third = logits(model, tokens())
+    model.delete_adapter("other")
+    assert torch.equal(logits(model, tokens()), third)
+    with model.disable_adapter():
+        model.delete_adapter("third")
+    assert torch.equal(logits(model, tokens()), default)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -119,6 +133,11 @@ def test_the_later_of_set_lora_and_set_adapter_holds():
     with model.disable_adapter():
         pass
     assert torch.equal(logits(model, tokens()), other)  # switching off and on ends nothing
+    with model.disable_adapter():
+        set_lora(model, "default")
+        model.disable_adapter_layers()  # again
+    assert torch.equal(logits(model, tokens()), default)  # nor is what is said meanwhile lost
+    set_lora(model, "other")
     add_adapter(model, "third", lora())
     assert torch.equal(logits(model, tokens()), other)  # nor does another adapter
     model.set_adapter("default")
@@ -133,6 +152,22 @@ def test_an_adapter_switched_between_forward_and_recomputation_is_noticed():
     model.set_adapter("other")
     with pytest.raises(RuntimeError, match="another routing"):
         loss.backward()
+
+
+def test_adapters_disabled_at_the_recomputation_are_noticed():
+    model, _ = two_adapters()
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    with model.disable_adapter():
+        logits(model, tokens())  # as for a reference model: nothing is recomputed
+        with pytest.raises(RuntimeError, match="another routing"):
+            loss.backward()
+    model.zero_grad()
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    with model.disable_adapter():
+        logits(model, tokens())
+    loss.backward()
 
 
 # ---- hot-swap
@@ -192,6 +227,7 @@ def test_hotswap_of_other_ranks_and_scalings_never_recompiles(tmp_path):
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_is_peft_s_on_the_dense_twin_and_unmerge_restores_all_bits(use_dora, safe_merge):
     ours, theirs = peft_twins(lora(use_dora=use_dora), bias=True)
+    stretch_magnitudes(ours, theirs)
     before, bits = logits(ours, tokens()), base_bits(ours)
     for model in (ours, theirs):
         model.merge_adapter(safe_merge=safe_merge)
@@ -254,6 +290,17 @@ def test_safe_merge_finds_a_nan_and_leaves_the_model_unmerged():
         assert not any(m.merged for m in ours.modules() if isinstance(m, NF4LoraLinear))
 
 
+def test_safe_merge_finds_what_is_finite_in_fp32_alone():
+    model = with_adapter(twins()[0].to(torch.float16), lora(target_modules=["up_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(300.0)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(m.merged for m in model.modules() if isinstance(m, NF4LoraLinear))
+
+
 def test_safe_merge_finds_a_nan_in_a_dense_layer_and_leaves_the_nf4_ones_unmerged():
     ours, _ = peft_twins(lora(target_modules=["q_proj", "lm_head"]))
     with torch.no_grad():
@@ -281,6 +328,7 @@ def test_merge_and_unload_leaves_a_dense_model_that_loads_in_transformers(tmp_pa
     nf4, dense = nf4.bfloat16(), dense.bfloat16()
     config = lora(target_modules=["q_proj", "up_proj"], use_dora=use_dora)
     ours, theirs = (with_adapter(model, config) for model in (nf4, dense))
+    stretch_magnitudes(ours, theirs)
     wanted = {
         name: layer.merged_weight(["default"]).bfloat16()
         for name, layer in ours.base_model.model.named_modules()
@@ -320,6 +368,23 @@ def test_unload_gives_the_nf4_model_back():
     unloaded = peft_model.unload()
     assert_near(logits(unloaded, tokens()), wanted)
     assert not any(isinstance(m, NF4Linear) for m in unloaded.modules())
+
+
+def test_a_mixed_model_merges_and_unloads_too():
+    ours, theirs = (get_peft_model(model, lora(), mixed=True) for model in twins())
+    torch.manual_seed(0)
+    state = {k: torch.randn_like(v) / 8 for k, v in theirs.state_dict().items() if "lora_" in k}
+    for model in (ours, theirs):
+        model.load_state_dict(state, strict=False)
+    assert_same_model(ours, theirs, tokens())
+    merged = [model.merge_and_unload() for model in (ours, theirs)]
+    assert not any(isinstance(m, NF4Linear) for m in merged[0].modules())
+    assert_near(*(logits(model, tokens()) for model in merged))
+
+    nf4, _ = twins()
+    wanted = logits(nf4, tokens())
+    unloaded = get_peft_model(nf4, lora(), mixed=True).unload()
+    assert torch.equal(logits(unloaded, tokens()), wanted)
 
 
 def test_a_merged_model_follows_casts_and_saves_its_adapter(tmp_path):

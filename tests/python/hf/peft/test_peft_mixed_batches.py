@@ -132,14 +132,20 @@ def test_training_with_adapter_names_is_refused_and_set_lora_is_for_that():
         model.train()(input_ids=tokens(), adapter_names=["a"] * 3)
 
 
-def test_dora_in_a_mixed_batch_is_refused():
+def test_dora_in_a_mixed_batch_is_set_lora_s_not_peft_s():
     model = with_adapter(twins()[0], lora(use_dora=True), adapter_name="a").eval()
-    add_adapter(model, "b", lora())
+    add_adapter(model, "b", lora(target_modules=["q_proj"]))
+    names = ["a", "b", "__base__", "a", "a"]
     with pytest.raises(ValueError, match="DoRA"):
-        model(input_ids=tokens(), adapter_names=["a", "b", "b"])
-    set_lora(model, ["a", "b", "b"])
-    with pytest.raises(NotImplementedError, match=r"\['a'\] are DoRA"):
-        model(input_ids=tokens())
+        model(input_ids=tokens(5), adapter_names=names)
+    set_lora(model, names)
+    mixed = logits(model, tokens(5))
+    for row, name in enumerate(names):
+        set_lora(model, name)
+        assert_near(mixed[row], logits(model, tokens(5))[row])
+    set_lora(model, names)
+    with pytest.raises(ValueError, match="5 names are in force"):
+        model(input_ids=tokens(3))
 
 
 # ---- training several adapters at once
