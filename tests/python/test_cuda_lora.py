@@ -326,7 +326,7 @@ def test_evaluation_drops_nothing_and_leaves_the_generator_alone(device):
     torch.manual_seed(3)
     y = layer(x)
     assert same_bits(torch.rand(5, device=device), expected)
-    layer.lora_dropout = 0.0
+    layer.adapters["default"].lora_dropout = 0.0
     assert same_bits(layer.train()(x), y)
 
 

@@ -122,7 +122,7 @@ def check_lora_arguments(
             "would not be called"
         )
     largest = min(base.in_features, base.out_features)
-    if not isinstance(r, int) or not 1 <= r <= largest:
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= largest:
         raise ValueError(
             f"{operation}: r is {r}, want an integer from 1 to {largest} for a layer "
             f"[{base.out_features}, {base.in_features}]"

@@ -89,6 +89,7 @@ def test_the_options_reach_every_layer():
         ({"r": 33}, r"add_lora: blocks.0.up: r is 33, want an integer from 1 to 32"),
         ({"r": 0}, "r is 0"),
         ({"r": 4.0}, "r is 4.0, want an integer"),
+        ({"r": True}, "r is True, want an integer"),
         ({"lora_dropout": 1}, "lora_dropout is 1"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"adapter_name": "a.b"}, r"adapter_name is 'a\.b', want a string without a dot"),
