@@ -39,6 +39,19 @@ struct FewTokensLoRA {
     return Simd::template round_to<T>(values);
   }
 
+  /// `count` elements further, which may be beyond the tensor.
+  template <typename F>
+  QLORA_INLINE static const void* address_after(const F* p, std::int64_t count) {
+    return reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(p) +
+                                         count * static_cast<std::int64_t>(sizeof(F)));
+  }
+
+  /// The processor sees a chunk's rows end after 2 KB, and asks for no others by itself.
+  template <typename F>
+  QLORA_INLINE static void prefetch_next(const F* p, std::int64_t count) {
+    __builtin_prefetch(address_after(p, count));
+  }
+
   template <typename F>
   QLORA_INLINE static void store_some(F* p, Floats values, std::int64_t there) {
     if (there >= lanes) {
@@ -88,7 +101,10 @@ struct FewTokensLoRA {
       const auto add_products = [&](std::int64_t c, std::int64_t there) QLORA_INLINE_LAMBDA {
         Floats factors[ranks_at_once];
 #pragma GCC unroll 4
-        for (int q = 0; q < ranks_at_once; ++q) factors[q] = load_factor(rows[q] + c, there);
+        for (int q = 0; q < ranks_at_once; ++q) {
+          factors[q] = load_factor(rows[q] + c, there);
+          prefetch_next(rows[q] + c, ranks_at_once * k);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < tokens; ++i) {
           const Floats value = Simd::load(x.rows + i * x.stride + c);
@@ -217,7 +233,10 @@ struct FewTokensLoRA {
           Simd::store(sum, added);
         }
         for (int q = 0; q < count; ++q) {
-          store_some(grad_a + (rank + q) * k + c, gradients[q], there);
+          G* const gradient = grad_a + (rank + q) * k + c;
+          store_some(gradient, gradients[q], there);
+          __builtin_prefetch(address_after(gradient, ranks_at_once * k), 1);
+          prefetch_next(a + (rank + q) * k + c, ranks_at_once * k);
         }
       }
     }
