@@ -1,17 +1,16 @@
 """PEFT's adapters on a 4-bit model of transformers, on two ranks."""
 
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from rank_models import assert_same_parameters, optimizer_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from rank_models import assert_same_parameters, optimizer_of, trained, whole
 from support import same_bits
 
 pytest.importorskip("peft")
