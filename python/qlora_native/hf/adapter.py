@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from qlora_native.hf.adapter_config import AdapterConfig, AdapterSettings, config_of
 from qlora_native.hf.adapter_files import read_config, read_tensors, write_adapter
 from qlora_native.nn import LoRAAdapter, LoRALinear
-from qlora_native.nn.add_lora import adapter_names, check_has_no_peft_layers, put_adapters
+from qlora_native.nn.add_lora import adapter_names, check_may_change, put_adapters
 from qlora_native.nn.lora_adapter import check_adapter_name, check_lora_arguments
 from qlora_native.nn.model import Layers, lora_layers, modules_with_names
-from qlora_native.nn.routing import check_names
+from qlora_native.nn.routing import check_exist
 from qlora_native.nn.wrapping import check_not_distributed, plain_name, unwrapped
 from qlora_native.sharding import copy_whole, gathered, on_first_rank
 
@@ -80,8 +80,7 @@ def save_lora(
                 + ", ".join(map(repr, sorted(existing)))
             )
         (adapter_name,) = existing
-    if adapter_name not in existing:
-        check_names("save_lora", adapter_name, existing)
+    check_exist("save_lora", [adapter_name], existing)
     adapters = {
         name: layer.adapters[adapter_name]
         for name, layer in layers.items()
@@ -122,7 +121,7 @@ def load_lora(model: nn.Module, directory: str | Path, adapter_name: str = "defa
     """
     directory = Path(directory)
     wrapped, model = model, unwrapped(model)
-    check_has_no_peft_layers("load_lora", model)
+    check_may_change("load_lora", model)
     if adapter_name not in adapter_names(model):
         check_adapter_name("load_lora", adapter_name)
     config = AdapterConfig(read_config(directory), directory)

@@ -8,7 +8,7 @@ from qlora_native.nn.lora_adapter import LoRAAdapter, check_adapter_name, check_
 from qlora_native.nn.lora_linear import LoRALinear
 from qlora_native.nn.model import Layers, check_not_root, modules_with_names, replace_module
 from qlora_native.nn.nf4_linear import NF4Linear
-from qlora_native.nn.routing import Names, check_names, routed_layers
+from qlora_native.nn.routing import Names, check_exist, routed_layers
 from qlora_native.nn.wrapping import check_not_distributed
 
 
@@ -42,11 +42,11 @@ def add_lora(
 
     Raises:
         ValueError: a target does not exist (the message lists those that do) or is no linear layer,
-            the name is taken, an argument is out of range, or the model has LoRA layers of PEFT.
-            The model is then as it was.
+            the name is taken, an argument is out of range, or the model's adapters are merged or
+            PEFT's. The model is then as it was.
     """
     check_not_distributed("add_lora", model)
-    check_has_no_peft_layers("add_lora", model)
+    check_may_change("add_lora", model)
     check_adapter_name("add_lora", adapter_name, adapter_names(model))
     layers = _targets(model, target_modules)
     for layer, names in layers.items():
@@ -103,7 +103,8 @@ def delete_lora(model: nn.Module, adapter_name: str) -> nn.Module:
     as it was.
     """
     check_not_distributed("delete_lora", model)
-    check_names("delete_lora", adapter_name, adapter_names(model))
+    check_may_change("delete_lora", model)
+    check_exist("delete_lora", [adapter_name], adapter_names(model))
     layers = modules_with_names(
         model, lambda m: isinstance(m, LoRALinear) and adapter_name in m.adapters
     )
@@ -130,12 +131,17 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for adapter in adapters for parameter in adapter.parameters()}
 
 
-def check_has_no_peft_layers(operation: str, model: nn.Module) -> None:
-    """Raise ValueError if `model` has LoRA layers of another kind: one would stand in the other."""
-    if any(not isinstance(layer, LoRALinear) for layer in routed_layers(model)):
-        raise ValueError(
-            f"{operation}: the model has LoRA layers of PEFT; PEFT adds, saves and loads theirs"
-        )
+def check_may_change(operation: str, model: nn.Module) -> None:
+    """Raise ValueError if adapters of `model` are PEFT's, or are merged.
+
+    A LoRALinear beside PEFT's layers would save and switch only its own half of an adapter.
+    """
+    for layer in routed_layers(model):
+        if not isinstance(layer, LoRALinear):
+            raise ValueError(
+                f"{operation}: the model has LoRA layers of PEFT; PEFT adds, saves and loads theirs"
+            )
+        layer.check_unmerged(operation)
 
 
 def _in_force(model: nn.Module, first: str) -> Names:

@@ -96,7 +96,7 @@ def check_adapter_name(operation: str, adapter_name: str, taken: Collection[str]
             f"{operation}: adapter_name is {adapter_name!r}, want a string without a dot, for it "
             "becomes a part of parameters' names"
         )
-    if adapter_name == BASE or hasattr(nn.ModuleDict, adapter_name):
+    if adapter_name == BASE or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"{operation}: adapter_name is {adapter_name!r}, which has a meaning already; want "
             "another"

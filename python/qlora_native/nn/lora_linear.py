@@ -14,9 +14,10 @@ from qlora_native.nn.lora_forward import dora_forward, draw_seed, lora_forward
 from qlora_native.nn.nf4_linear import NF4Linear
 from qlora_native.nn.routing import (
     BASE,
+    Names,
     RoutedLayer,
     Routing,
-    check_names,
+    check_exist,
     groups_of_batch,
     rows_of_each_element,
 )
@@ -120,7 +121,7 @@ class LoRALinear(HeldMerge, RoutedLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter. ValueError if there is none of that name, or it is in force."""
-        check_names("LoRALinear.delete_adapter", adapter_name, self.adapters)
+        check_exist("LoRALinear.delete_adapter", [adapter_name], self.adapters)
         self.check_not_in_force("LoRALinear.delete_adapter", adapter_name)
         del self.adapters[adapter_name]
 
@@ -136,6 +137,11 @@ class LoRALinear(HeldMerge, RoutedLayer):
     def lora_names(self) -> Collection[str]:
         """The names of the adapters."""
         return self.adapters.keys()
+
+    def check_unmerged(self, operation: str) -> None:
+        """Raise ValueError if the layer holds a merged weight: a change would have no effect."""
+        if self.holds_merged:
+            raise ValueError(f"{operation}: adapters are merged; call unmerge_lora first")
 
     # ---- the one adapter, where there is one
 
@@ -204,7 +210,12 @@ class LoRALinear(HeldMerge, RoutedLayer):
         if self.holds_merged:
             return held_forward(self.base, x, self.held_weight)
         self.routing.check_recomputation()
-        names = self.routing.names
+        y = self._forward_of(x, self.routing.names)
+        if len(self._modules["adapters"]._modules) > 1 or self.routing.has_changed:
+            return self.routing.checked(y)
+        return y
+
+    def _forward_of(self, x: Tensor, names: Names) -> Tensor:
         base = self._modules["base"]
         if isinstance(names, tuple):
             return self._forward_of_batch(base, x, names)
@@ -284,12 +295,14 @@ class LoRALinear(HeldMerge, RoutedLayer):
         """‖W_n‖² of the base, fp32 [n]; computed again if its memory was written or moved."""
         base = self.base
         weight = base.tensors() if isinstance(base, NF4Linear) else base.weight
-        tensors = (
-            [t for t in weight[:4] if t is not None] if isinstance(weight, tuple) else [weight]
-        )
-        if torch.compiler.is_compiling() or any(t.is_meta for t in tensors):
+        if torch.compiler.is_compiling():
             return row_norms_squared(weight) if self._norms is None else self._norms[1]
-        key = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        stored = (
+            [weight] if isinstance(weight, Tensor) else [t for t in weight[:4] if t is not None]
+        )
+        if any(t.is_meta for t in stored):
+            return row_norms_squared(weight)
+        key = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in stored]
         if self._norms is None or self._norms[0] != key:
             with torch.no_grad(), torch.inference_mode(False):
                 self._norms = key, row_norms_squared(weight)

@@ -1,12 +1,14 @@
 """Which adapter does which rows: `set_lora`, and what a layer remembers of it."""
 
 import inspect
+import itertools
 import math
 import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +39,9 @@ def set_lora(model: nn.Module, names: str | Sequence[str] | None) -> None:
             elements raises ValueError); or None for the base alone.
 
     Raises:
-        ValueError: the model has no LoRA layer, or none of its layers has an adapter of a name (the
-            message lists those that exist). What was in force stays so.
+        ValueError: the model has no LoRA layer, none of its layers has an adapter of a name (the
+            message lists those that exist), or an adapter is merged (`merge_lora` with
+            `reversible`). What was in force stays so.
 
     Checkpointing computes a forward again inside its backward. If another routing is in force then
     than was at the forward, the layer raises RuntimeError: see `Routing.check_recomputation`.
@@ -48,6 +51,8 @@ def set_lora(model: nn.Module, names: str | Sequence[str] | None) -> None:
         raise ValueError("set_lora: the model has no LoRA layer")
     wanted: Names = names if names is None or isinstance(names, str) else tuple(names)
     check_names("set_lora", wanted, {name for layer in layers for name in layer.lora_names()})
+    for layer in layers:
+        layer.check_unmerged("set_lora")
     moment = _Moment.now()
     for layer in layers:
         layer.routing.change(None if wanted == BASE else wanted, moment)
@@ -59,7 +64,12 @@ def check_names(operation: str, names: Names, existing: Collection[str]) -> None
     for name in each:
         if not isinstance(name, str):
             raise ValueError(f"{operation}: a name is {name!r}, want a string")
-    if unknown := sorted(set(each) - {BASE} - set(existing)):
+    check_exist(operation, set(each) - {BASE}, existing)
+
+
+def check_exist(operation: str, names: Collection[str], existing: Collection[str]) -> None:
+    """Raise ValueError unless there is an adapter of each name."""
+    if unknown := sorted(set(names) - set(existing)):
         raise ValueError(
             f"{operation}: there is no adapter {', '.join(map(repr, unknown))}; there are: "
             + (", ".join(map(repr, sorted(existing))) or "none")
@@ -78,6 +88,9 @@ class RoutedLayer:
     def lora_names(self) -> Collection[str]:
         """The names of the adapters that this layer has."""
         raise NotImplementedError
+
+    def check_unmerged(self, operation: str) -> None:
+        """Raise ValueError if a merged weight does all, whatever the adapters are."""
 
 
 def routed_layers(model: nn.Module) -> Iterator[RoutedLayer]:
@@ -120,6 +133,11 @@ class Routing:
         self._changed_in_node: int | None = None
         self._past: deque[_Period] = deque(maxlen=_REMEMBERED_CHANGES)  # oldest first
         self._forgot_changes = False
+        self.has_changed = False
+        # A tensor, since a graph would hold a number as a constant, and be good for one layer.
+        number = next(_numbers)
+        self._key = torch.tensor(number, device="cpu")
+        _routings[number] = self
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Routing":
         """A copy has no graph yet, so nothing was ever otherwise."""
@@ -137,6 +155,7 @@ class Routing:
         self._forgot_changes |= len(self._past) == _REMEMBERED_CHANGES
         self._past.append(_Period(moment.next_node, self.names, self._began_in_checkpoint))
         self.names = names
+        self.has_changed = True
         self._began_in_checkpoint = moment.in_checkpoint
 
     def check_recomputation(self) -> None:
@@ -148,8 +167,7 @@ class Routing:
         must be so now. A recomputation that calls `set_lora` itself, as its forward did, passes.
 
         What it cannot see: a `set_lora` called in another thread than the forward's, since each
-        thread has numbers of its own; and a layer that was compiled (`torch.compile`) inside a
-        checkpoint that was not.
+        thread has numbers of its own. While a graph is compiled it does nothing: see `checked`.
         """
         if torch.compiler.is_compiling():
             return
@@ -178,6 +196,36 @@ class Routing:
                 f"had put {then.names!r} in force at the forward, now it is {self.names!r}. Call "
                 f"set_lora(model, {then.names!r}) before backward"
             )
+
+    def checked(self, y: Tensor) -> Tensor:
+        """The result of a layer; where a graph is compiled, one that does `check_recomputation`.
+
+        A graph holds its routing, and which graph runs is decided anew when a checkpoint around it
+        computes it again: the check has to be a part of it. It multiplies y by a one that an
+        operator makes after the check.
+        """
+        if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return y
+        return y * torch.ops.qlora_native.check_recomputation(self._key)
+
+
+_numbers = itertools.count()
+_routings: WeakValueDictionary[int, Routing] = WeakValueDictionary()
+
+
+@torch.library.custom_op(
+    "qlora_native::check_recomputation", mutates_args=(), schema="(Tensor key) -> Tensor"
+)
+def _check_recomputation_op(key: Tensor) -> Tensor:
+    in_this_process = _routings.get(int(key.item()))
+    if in_this_process is not None:
+        in_this_process.check_recomputation()
+    return torch.ones((), dtype=torch.float32, device="cpu")
+
+
+@_check_recomputation_op.register_fake
+def _(key: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.float32, device=key.device)
 
 
 def _number_of_node_in_backward() -> int | None:

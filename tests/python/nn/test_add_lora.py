@@ -8,11 +8,14 @@ from qlora_native import (
     LoRALinear,
     add_lora,
     count_parameters,
+    delete_lora,
     merge_lora,
     print_trainable_parameters,
     quantize_model,
+    set_lora,
+    unmerge_lora,
 )
-from support import NAMES, Model, nf4_layer, same_bits
+from support import NAMES, Model, nf4_layer, same_bits, state_bits
 
 TOKENS = torch.arange(7)[None]
 
@@ -29,9 +32,9 @@ def lora_names(model: nn.Module) -> list[str]:
 
 
 def randomise_b(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            nn.init.normal_(module.lora_b)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -88,6 +91,12 @@ def test_the_options_reach_every_layer():
         ({"r": 4.0}, "r is 4.0, want an integer"),
         ({"lora_dropout": 1}, "lora_dropout is 1"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"adapter_name": "a.b"}, r"adapter_name is 'a\.b', want a string without a dot"),
+        ({"adapter_name": ""}, "adapter_name is '', want a string"),
+        ({"adapter_name": None}, "adapter_name is None, want a string"),
+        ({"adapter_name": "__base__"}, "'__base__', which has a meaning already"),
+        ({"adapter_name": "keys"}, "'keys', which has a meaning already"),
+        ({"adapter_name": "training"}, "'training', which has a meaning already"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(options, message):
@@ -109,10 +118,152 @@ def test_the_smallest_layer_bounds_the_rank_before_any_is_changed():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_second_lora_of_the_same_name_is_refused():
-    model = add_lora(Model(), r=2, target_modules=["up"])
-    with pytest.raises(ValueError, match="adapter_name 'default' is taken; there are: 'default'"):
-        add_lora(model, r=2, target_modules=["down"])
+# ---- several adapters
+
+
+def make_model_with_two() -> nn.Module:
+    model = add_lora(quantize_model(Model()), r=2, target_modules=["up"], adapter_name="a")
+    add_lora(model, r=5, lora_alpha=3, lora_dropout=0.5, adapter_name="b", use_dora=True)
+    return model
+
+
+def test_a_second_adapter_has_its_own_rank_settings_and_targets():
+    model = make_model_with_two()
+    assert lora_names(model) == [*NAMES, "lm_head"]
+    for name in lora_names(model):
+        adapters = model.get_submodule(name).adapters
+        assert list(adapters) == (["a", "b"] if name.endswith("up") else ["b"])
+        b = adapters["b"]
+        assert (b.r, b.lora_alpha, b.lora_dropout, b.use_rslora, b.use_dora) == (5, 3, 0.5, 0, 1)
+        if "a" in adapters:
+            assert (adapters["a"].r, adapters["a"].use_dora) == (2, False)
+
+
+def test_a_second_adapter_leaves_the_first_as_it_is():
+    model = add_lora(quantize_model(Model()), r=2, target_modules=["up"], adapter_name="a")
+    randomise_b(model)
+    model.blocks[0].up.adapters["a"].requires_grad_(False)
+    model.embed.weight.requires_grad_(True)
+    parameters = {n: p for n, p in model.named_parameters() if ".adapters.a." in n}
+    flags = {name: p.requires_grad for name, p in parameters.items()}
+    bits_before = state_bits(model)
+    expected = model(TOKENS)
+    add_lora(model, r=2, adapter_name="b")
+    for name, parameter in parameters.items():
+        assert model.get_parameter(name) is parameter
+        assert parameter.requires_grad == flags[name]
+    after = {name.replace(".base.", "."): value for name, value in state_bits(model).items()}
+    assert all(after[name.replace(".base.", ".")] == bits_before[name] for name in bits_before)
+    assert same_bits(model(TOKENS), expected)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".adapters." in name and flags.get(name, True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter_name": "a"}, "add_lora: adapter_name 'a' is taken; there are: 'a', 'b'"),
+        ({"adapter_name": "a", "target_modules": ["down"]}, "'a' is taken"),
+        ({"adapter_name": "c", "r": 33}, "add_lora: blocks.0.up: r is 33, want an integer from 1"),
+        ({"adapter_name": "c", "target_modules": ["base"]}, "'base', which is no linear layer"),
+        ({"adapter_name": "c", "target_modules": ["q"]}, "'q', .* there are: down, lm_head, up"),
+    ],
+)
+def test_an_error_leaves_a_model_with_adapters_as_it_was(options, message):
+    model = make_model_with_two()
+    model.lm_head.adapters["b"].requires_grad_(False)
+    modules = dict(model.named_modules())
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, **options)
+    assert dict(model.named_modules()) == modules
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
+def test_a_layer_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
+    model = quantize_model(Model())
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    made = []
+
+    def fail_at_the_third(tensor: torch.Tensor, **_) -> torch.Tensor:
+        made.append(tensor)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError
+        return tensor
+
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", fail_at_the_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        add_lora(model, r=2)
+    assert not lora_names(model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
+def test_dora_starts_at_the_base_to_rounding():
+    model = quantize_model(ModelWithHead())
+    before = model(TOKENS)
+    add_lora(model, r=4, use_dora=True)
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-5, atol=1e-5)
+    assert {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad} == {
+        "lora_a",
+        "lora_b",
+        "magnitude",
+    }
+
+
+def test_a_layer_with_several_adapters_has_no_factors_of_its_own():
+    layer = make_model_with_two().blocks[0].up
+    for name in ("lora_a", "lora_b", "magnitude", "r", "lora_alpha", "lora_dropout", "scaling"):
+        with pytest.raises(ValueError, match=r"has the adapters \['a', 'b'\]; ask layer.adapters"):
+            getattr(layer, name)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [(set_lora, ["a"]), (set_lora, [None]), (add_lora, []), (delete_lora, ["b"])],
+)
+def test_adapters_stay_as_they_are_while_they_are_merged(operation, arguments):
+    model = make_model_with_two()
+    set_lora(model, "a")
+    randomise_b(model)
+    before = model(TOKENS)
+    merge_lora(model, reversible=True)
+    merged = model(TOKENS)
+    with pytest.raises(ValueError, match=f"{operation.__name__}: adapters are merged; call unmer"):
+        operation(model, *arguments)
+    assert same_bits(model(TOKENS), merged)
+    assert same_bits(unmerge_lora(model)(TOKENS), before)
+
+
+# ---- delete_lora
+
+
+def test_deleting_all_adapters_gives_the_base_back():
+    model = quantize_model(Model())
+    modules = dict(model.named_modules())
+    before = state_bits(model)
+    add_lora(model, r=2, target_modules=["up"], adapter_name="a")
+    add_lora(model, r=3, adapter_name="b")
+    set_lora(model, "b")
+    assert delete_lora(model, "a") is model
+    assert lora_names(model) == [*NAMES, "lm_head"]
+    assert all(list(m.adapters) == ["b"] for m in model.modules() if isinstance(m, LoRALinear))
+    set_lora(model, None)
+    delete_lora(model, "b")
+    assert dict(model.named_modules()) == modules
+    assert state_bits(model) == before
+
+
+@pytest.mark.parametrize("in_force", ["a", ["b", "a"]])
+def test_an_adapter_in_force_is_not_deleted(in_force):
+    model = make_model_with_two()
+    set_lora(model, in_force)
+    before = state_bits(model)
+    with pytest.raises(ValueError, match="delete_lora: 'a' is in force; call set_lora with other"):
+        delete_lora(model, "a")
+    for name in ("c", "__base__"):
+        with pytest.raises(ValueError, match=f"there is no adapter '{name}'; there are: 'a', 'b'"):
+            delete_lora(model, name)
+    assert state_bits(model) == before
 
 
 def test_a_model_that_is_one_layer_is_refused():

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from qlora_native import nf4_dequantize, nf4_quantize
+from qlora_native.nn.routing import Routing
 from qlora_native.ops import (
     LoRAFactors,
     LoRAGroup,
@@ -56,6 +57,7 @@ def test_every_operator_is_checked_here():
         "lora_linear_groups_backward",
         "dora_linear",
         "dora_linear_backward",
+        "check_recomputation",
     }
 
 
@@ -83,6 +85,11 @@ def test_opcheck_of_the_linear_products(shape, double_quant):
     opcheck(ops.nf4_linear.default, (x, bias, *weight))
     opcheck(ops.nf4_linear.default, (x.detach(), None, *weight))
     opcheck(ops.nf4_linear_grad_input.default, (dy, *weight))
+
+
+def test_opcheck_of_the_check_of_a_routing():
+    opcheck(ops.check_recomputation.default, (Routing("a")._key,))
+    opcheck(ops.check_recomputation.default, (torch.tensor(-1),))  # of another process
 
 
 def base_arguments(kind: str) -> tuple:
