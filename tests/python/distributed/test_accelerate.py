@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from rank_models import (
     TOKENS,
+    assert_same_parameters,
     loss_of,
     make_model,
     optimizer_of,
