@@ -15,6 +15,7 @@ from qlora_native import _core
 from qlora_native.hf.checkpoint import tensor_dtypes
 from qlora_native.hf.config import QUANT_METHOD, NF4Config
 from qlora_native.hf.dense import forget_quantization
+from qlora_native.hf.distributed import check_not_distributed_while_loading
 from qlora_native.hf.layers import (
     check_skip,
     default_skip,
@@ -151,6 +152,7 @@ class NF4HfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
+        check_not_distributed_while_loading(model.config)
         self.problems.clear()
         config = self.quantization_config
         entries = kept_in_fp32(model) | set(config.skip or ())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from qlora_native import PagedAdamW, add_lora, quantize_model
+from qlora_native.nn.wrapping import plain_name, unwrapped
 from support import Model, same_bits
 
 TOKENS = torch.arange(21).view(3, 7)
@@ -72,8 +73,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_same_parameters(actual: nn.Module, expected: nn.Module) -> None:
-    """Every parameter, gathered, bit for bit; a wrapper's prefix aside."""
-    ours = {name.removeprefix("module."): p for name, p in actual.named_parameters()}
+    """Every parameter, gathered, bit for bit; what wrappers add to the names aside."""
+    ours = {plain_name(name): p for name, p in unwrapped(actual).named_parameters()}
     theirs = dict(expected.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, parameter in theirs.items():

@@ -152,3 +152,40 @@ def test_ranks_train_and_save_as_one_process(
     if is_sharded:
         request.getfixturevalue("sharding_ranks")
     ranks.run(train_both_ways, llama, str(tmp_path), is_sharded, settings, kind)
+
+
+def load_in_parts(folder: str, sizes: dict[str, int]) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from qlora_native.hf import NF4Config
+
+    (name,) = sizes
+    with pytest.raises(
+        NotImplementedError, match=rf"distributed_config has .*{name}=2.*fully_shard"
+    ):
+        AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=NF4Config(), distributed_config=DistributedConfig(**sizes)
+        )
+
+
+@pytest.mark.parametrize("name", ["fsdp_size", "tp_size"])
+def test_a_model_is_not_cut_up_while_it_is_loaded(ranks, llama, name):
+    pytest.importorskip("transformers.distributed")
+    ranks.run(load_in_parts, llama, {name: 2})
+
+
+def add_adapters_too_late(folder: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.fsdp import fully_shard
+
+    model = load_model(folder)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    with pytest.raises(ValueError, match=r"add_adapter: .* DTensor .*before fully_shard"):
+        get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+
+
+def test_adapters_of_peft_come_before_the_shards(sharding_ranks, llama):
+    sharding_ranks.run(add_adapters_too_late, llama)
