@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from qlora_native.hf.config import NF4Config
@@ -141,6 +143,25 @@ def _stays_as_it_is(module: nn.Module) -> bool:
     convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
     known = nn.Embedding | NF4Linear | NF4Experts | convolutions
     return is_quantizable(module) or isinstance(module, known)
+
+
+def names_in_model(model: Any, layers: Iterable[str]) -> set[str]:
+    """Names that layers of a checkpoint may have in `model`, by which it is loaded.
+
+    The model may be newer than the checkpoint, and its class have other names. A head's model has a
+    prefix before the names that the bare model has, and loads both.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
+    prefix = f"{model.base_model_prefix}."
+    names = set()
+    for layer in layers:
+        key = f"{layer}.weight"
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        name = key.removesuffix(".weight")
+        names |= {name, name.removeprefix(prefix), prefix + name}
+    return names
 
 
 def nf4_layers(model: nn.Module) -> dict[nn.Module, list[str]]:

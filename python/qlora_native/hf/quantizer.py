@@ -24,6 +24,7 @@ from qlora_native.hf.layers import (
     is_offloaded,
     kept_in_fp32,
     move_hook,
+    names_in_model,
     nf4_layers,
     put_nf4_layers,
     warn_of_dense_weights,
@@ -168,7 +169,7 @@ class NF4HfQuantizer(HfQuantizer):
             )
             warn_of_dense_weights(model, entries)
         else:
-            stored = _with_prefix_and_without(file_layers, model.base_model_prefix)
+            stored = names_in_model(model, file_layers)
             layers = put_nf4_layers(model, config, lambda names: not stored.isdisjoint(names))
         if not layers:
             raise ValueError(
@@ -316,13 +317,3 @@ def adapter_layers(model: nn.Module) -> list[str]:
 
 def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) or str(device).startswith("cuda")
-
-
-def _with_prefix_and_without(names: set[str], prefix: str) -> set[str]:
-    """A head's model has a prefix before the names that the bare model has, and loads both."""
-    dotted = f"{prefix}."
-    return {
-        *names,
-        *(name.removeprefix(dotted) for name in names),
-        *(dotted + name for name in names),
-    }
