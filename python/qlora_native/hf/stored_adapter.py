@@ -64,10 +64,14 @@ def _folder_of(source: Source) -> Iterator[Path]:
 
 
 def _read(folder: Path) -> dict[str, LoRAAdapter]:
-    config = read_config(folder)
-    # It says how the base's weight lies, not the factors; the base is asked itself.
-    config["fan_in_fan_out"] = False
-    layers, problems = layers_of_file(read_tensors(folder), AdapterConfig(config, folder))
+    try:
+        config = read_config(folder)
+        # It says how the base's weight lies, not the factors; the base is asked itself.
+        config["fan_in_fan_out"] = False
+        layers, problems = layers_of_file(read_tensors(folder), AdapterConfig(config, folder))
+    except (FileNotFoundError, ValueError) as error:
+        message = str(error).removeprefix("load_lora: ")
+        raise type(error)(f"merge_into_checkpoint: {message}") from error
     adapters = {}
     for name, (tensors, settings) in layers.items():
         if problem := _misfit(tensors, settings.r):

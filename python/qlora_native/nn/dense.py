@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qlora_native.nn.model import modules_with_names, replace_module
+from qlora_native.nn.wrapping import check_not_distributed
 from qlora_native.ops.storage import FLOAT_DTYPES
 
 
@@ -42,13 +43,15 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> lis
         The names of the layers that were replaced, each by the first of its names.
 
     Raises:
-        ValueError: a layer's weight is offloaded, or an argument is wrong; nothing is replaced.
+        ValueError: a layer's weight is offloaded, the model is in the hands of DDP or FSDP2, or an
+            argument is wrong; nothing is replaced.
     """
     dtype = check_dtype("dequantize_layers", dtype) or dense_dtype(model)
     if is_four_bit(model):
         raise ValueError(
             "dequantize_layers: the model is itself the layer to replace; call its to_dense"
         )
+    check_not_distributed("dequantize_layers", model)
     names = modules_with_names(model, is_four_bit)
     for layer, places in names.items():
         check_materialised("dequantize_layers", places[0], layer)
@@ -72,18 +75,12 @@ def check_dtype(operation: str, dtype: torch.dtype | None) -> torch.dtype | None
 
 
 def check_materialised(operation: str, name: str, layer: nn.Module) -> None:
-    """Raise ValueError if the layer's weights are not all here: offloaded, or sharded."""
-    for parameter in layer.parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{operation}: {name} has parameters on the meta device, as offloaded layers have; "
-                "load the model without offloading"
-            )
-        if hasattr(parameter, "full_tensor"):
-            raise ValueError(
-                f"{operation}: {name} is sharded over processes; save the adapter, and merge it in "
-                "one process"
-            )
+    """Raise ValueError if the layer's weight is somewhere else than in memory."""
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        raise ValueError(
+            f"{operation}: {name} has parameters on the meta device, as offloaded layers have; "
+            "load the model without offloading"
+        )
 
 
 def replacement(old: nn.Module, new: nn.Module) -> nn.Module:

@@ -242,9 +242,9 @@ def _merged(
     """The layer that `layer` becomes, its weight `[n, k]`, and what that costs."""
     base = layer.base
     exact = layer.merged_weight(names)
-    check_finite("merge_lora", place, "the merged weight", exact)
     module: nn.Module
     if isinstance(base, NF4Linear) and into == "nf4":
+        check_finite("merge_lora", place, "the merged weight", exact)
         module = base.requantized(exact)
         weight = module.dequantize()
     else:

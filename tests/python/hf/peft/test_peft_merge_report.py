@@ -50,8 +50,8 @@ def test_the_report_is_of_what_pefts_merge_has_made(tmp_path, use_dora):
     for layer in report.layers:
         w, exact = sums[layer.name]
         weight = merged.get_submodule(layer.name).weight.double()
-        assert layer.lost_norm == pytest.approx((weight - exact).norm().item(), rel=1e-6)
-        assert layer.update_norm == pytest.approx((exact - w).norm().item(), rel=1e-6)
+        assert layer.lost_norm == pytest.approx((weight - exact).norm().item(), rel=1e-4)
+        assert layer.update_norm == pytest.approx((exact - w).norm().item(), rel=1e-4)
     difference = (logits(merged, tokens()).double() - before).abs().max().item()
     assert report.outputs.max_difference == difference > 0.0
     assert report.outputs.perplexity_before > 1.0
