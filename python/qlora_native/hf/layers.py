@@ -174,16 +174,6 @@ def is_offloaded(layer: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in layer.parameters())
 
 
-def move_hook(layer: Any, other: nn.Module) -> None:
-    """Give `other`, which takes the place of `layer`, what accelerate attached to it."""
-    hook = getattr(layer, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(layer)
-        add_hook_to_module(other, hook)
-
-
 def has_finite_scales(layer: Any) -> bool:
     """Whether all of a layer's scales are numbers; a file may hold any bytes."""
     if isinstance(layer, NF4Linear):

@@ -23,7 +23,6 @@ from qlora_native.hf.layers import (
     is_named,
     is_offloaded,
     kept_in_fp32,
-    move_hook,
     names_in_model,
     nf4_layers,
     put_nf4_layers,
@@ -31,7 +30,7 @@ from qlora_native.hf.layers import (
 )
 from qlora_native.hf.streamed_experts import StreamedExperts
 from qlora_native.nn import LoRALinear, NF4Experts, NF4Linear
-from qlora_native.nn.model import replace_module
+from qlora_native.nn.dense import dequantize_layers
 
 
 @register_quantizer(QUANT_METHOD)
@@ -246,21 +245,11 @@ class NF4HfQuantizer(HfQuantizer):
     # ---- back to dense
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        layers = nf4_layers(model)
-        offloaded = [names[0] for layer, names in layers.items() if is_offloaded(layer)]
-        if offloaded:
-            raise ValueError(
-                f"dequantize: {offloaded[0]} and {len(offloaded) - 1} more layers are offloaded; "
-                "load the model without offloading"
-            )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # after a save it is
         dtype = dtype or model.dtype
         is_trained = not adapter_layers(model)  # beside an adapter the base stays frozen
-        while layers:
-            layer, names = layers.popitem()
-            dense = layer.to_dense(dtype).requires_grad_(is_trained)
-            move_hook(layer, dense)
-            replace_module(model, names, dense)
+        for name in dequantize_layers(model, dtype):
+            model.get_submodule(name).requires_grad_(is_trained)
         return model if dtype == model.dtype else model.to(dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
