@@ -95,12 +95,6 @@ def tied_layers(model: Any) -> set[str]:
     return {name for name in tied if is_quantizable(model.get_submodule(name))}
 
 
-def kept_in_fp32(model: Any) -> set[str]:
-    """Modules that transformers keeps in fp32 where the model is not: T5's `wo`, for one."""
-    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return {name for names in lists for name in getattr(model, names, None) or ()}
-
-
 def check_skip(model: Any, skip: Iterable[str]) -> None:
     """Raise ValueError for an entry that matches no module, or a tied layer that none matches."""
     skip = list(skip)

@@ -22,7 +22,6 @@ from qlora_native.hf.layers import (
     has_finite_scales,
     is_named,
     is_offloaded,
-    kept_in_fp32,
     names_in_model,
     nf4_layers,
     put_nf4_layers,
@@ -31,6 +30,7 @@ from qlora_native.hf.layers import (
 from qlora_native.hf.streamed_experts import StreamedExperts
 from qlora_native.nn import LoRALinear, NF4Experts, NF4Linear
 from qlora_native.nn.dense import dequantize_layers
+from qlora_native.nn.model import kept_in_fp32
 
 
 @register_quantizer(QUANT_METHOD)

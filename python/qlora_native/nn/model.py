@@ -34,7 +34,7 @@ def quantize_model(
     Args:
         model: any module; it is also what is returned.
         skip: names of what stays dense: a layer's whole name, or a part of it between dots
-            (`"lm_head"`, `"visual"`).
+            (`"lm_head"`, `"visual"`). So does what transformers keeps in fp32 (T5's `wo`).
         block_size: weights that share a scale: a power of two from 32 to 4096.
         double_quant: store the scales in 8 bits.
         compute_dtype: of the layers, see `NF4Linear`.
@@ -59,7 +59,7 @@ def quantize_model(
         (name, module)
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or is_experts(module))
-        and not any(name_matches(name, entry) for entry in skip)
+        and not any(name_matches(name, entry) for entry in {*skip, *kept_in_fp32(model)})
     ]
     subclasses = [name for name, module in targets if not is_quantizable(module)]
     if subclasses:
@@ -128,6 +128,15 @@ def modules_with_names(model: nn.Module, is_wanted: Callable[[nn.Module], bool])
         if is_wanted(module):
             layers.setdefault(module, []).append(name)
     return layers
+
+
+def kept_in_fp32(model: Any) -> set[str]:
+    """Modules that transformers keeps in fp32 where the model is not: T5's `wo`, for one.
+
+    Their models cast activations to the dtype of such a weight, which 4-bit codes have not.
+    """
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {name for names in lists for name in getattr(model, names, None) or ()}
 
 
 def is_quantizable(module: nn.Module) -> bool:

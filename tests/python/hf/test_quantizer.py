@@ -12,7 +12,7 @@ from hf_models import saved
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_native import _core, add_lora, quantize_model
+from qlora_native import NF4Linear, _core, add_lora, quantize_model
 from qlora_native.hf import NF4Config, parameter_count
 from qlora_native.hf.layers import put_nf4_layers
 from qlora_native.hf.quantizer import NF4HfQuantizer
@@ -111,6 +111,15 @@ def test_half_precision_keeps_what_transformers_keeps_in_fp32(tmp_path):
     assert same_bits(wo.weight, model.encoder.block[0].layer[1].DenseReluDense.wo.weight)
     ids = torch.arange(3, 9)[None]
     assert loaded(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
+
+
+def test_quantize_model_keeps_what_transformers_keeps_in_fp32():
+    model = quantize_model(hf_models.tiny_t5(torch.bfloat16))
+    feed_forward = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(feed_forward.wo) is nn.Linear
+    assert type(feed_forward.wi) is NF4Linear
+    ids = torch.arange(3, 9)[None]
+    assert model(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
 
 
 def test_generation(tmp_path):
