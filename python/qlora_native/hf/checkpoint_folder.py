@@ -61,6 +61,10 @@ class CheckpointFolder:
         where = index.get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
             raise ValueError(f"{self.path / INDEX_FILE} has no weight_map of names to files")
+        if not isinstance(metadata := index.get("metadata", {}), dict):
+            raise ValueError(
+                f"{self.path / INDEX_FILE} has the metadata {metadata!r}, want an object"
+            )
         for file in sorted(set(where.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(
@@ -108,15 +112,23 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: there is something at `path` that is not an empty folder.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    is_there = path.is_dir() and not any(path.iterdir())
+    if not is_there and (path.exists() or path.is_symlink()):
         raise FileExistsError(f"{path} exists already")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it: a folder is renamed in one step only within a file system.
-    filling = path.parent / f".{path.name}.{os.getpid()}.partial"
+    if is_there:  # the working directory, a mount or what a link points at: it has to stay
+        filling = path / f".{os.getpid()}.partial"
+    else:  # beside it: a folder is renamed in one step only within a file system
+        path.parent.mkdir(parents=True, exist_ok=True)
+        filling = path.parent / f".{path.name}.{os.getpid()}.partial"
     filling.mkdir()
     try:
         yield filling
-        filling.rename(path)
+        if is_there:
+            for part in sorted(filling.iterdir(), key=lambda part: part.name == CONFIG_FILE):
+                part.rename(path / part.name)  # config.json last: without it there is no model
+            filling.rmdir()
+        else:
+            filling.rename(path)
     except BaseException:
         shutil.rmtree(filling)
         raise

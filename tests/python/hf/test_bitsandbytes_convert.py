@@ -134,9 +134,11 @@ def test_in_features_that_are_odd_are_the_models(tmp_path):
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
 
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"architectures": ["No"]}))
-    with pytest.raises(ValueError, match=r"in_features of a layer is odd.*cannot be built"):
-        convert_checkpoint(tmp_path / "ours", tmp_path / "again")
+    for architecture, problem in (("No", ""), ("AutoModel", ".*is no model"), ("pipeline", "")):
+        changed = json.dumps(config | {"architectures": [architecture]})
+        (tmp_path / "ours" / "config.json").write_text(changed)
+        with pytest.raises(ValueError, match=f"of a layer is odd.*cannot be built{problem}"):
+            convert_checkpoint(tmp_path / "ours", tmp_path / "again")
 
 
 def test_names_that_are_older_than_the_models(tmp_path):

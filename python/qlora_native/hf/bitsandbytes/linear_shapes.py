@@ -44,8 +44,10 @@ class LinearShapes:
     def _modules(self) -> dict[str, nn.Module]:
         path = self._folder.path
         try:
-            config: Any = transformers.AutoConfig.from_pretrained(path)
+            config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
             architecture = getattr(transformers, (config.architectures or [""])[0])
+            if not issubclass(architecture, transformers.PreTrainedModel):
+                raise TypeError(f"{architecture.__name__} is no model")
             with torch.device("meta"):
                 model: nn.Module = architecture(config)
         except (AttributeError, OSError, TypeError, ValueError) as error:
