@@ -49,6 +49,7 @@ def __getattr__(name: str) -> Any:
     if name in ("NF4Config", "merge_into_checkpoint"):
         raise ImportError(
             f"qlora_native.hf.{name} needs transformers 5 or newer: "
-            "pip install 'qlora_native[train]'"
+            "pip install 'qlora_native[train]'",
+            name="transformers",
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,11 +29,12 @@ def test_no_command_is_an_error(capsys):
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "merge", "convert"])
-def test_help_and_info_do_without_the_extra_packages(command):
+@pytest.mark.parametrize("missing", [["transformers"], ["transformers", "safetensors", "tqdm"]])
+def test_help_and_info_do_without_the_extra_packages(command, missing):
     """Without transformers help still works, and the command says what to install."""
     program = (
         "import sys\n"
-        "for name in ('transformers', 'safetensors', 'tqdm'): sys.modules[name] = None\n"
+        f"for name in {missing}: sys.modules[name] = None\n"
         "from qlora_native.cli.main import main\n"
         "assert main(['info']) == 0\n"
         f"try: main(['{command}', '--help'])\n"
