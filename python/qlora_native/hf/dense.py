@@ -49,17 +49,23 @@ def forget_quantization(model: nn.Module) -> nn.Module:
 def note_untied_head(model: nn.Module) -> None:
     """Have the config say so if a merge has parted the output head's weight from the embedding's.
 
-    Loading, or `tie_weights()`, would tie them again.
+    Loading, or `tie_weights()`, would tie them again. A model without a head leaves the config as
+    it is, for a model that has one.
     """
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    owner: Any = model
-    head, embedding = owner.get_output_embeddings(), owner.get_input_embeddings()
-    if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
+    owner: Any
+    config: Any
+    for owner in model.modules():
+        config = getattr(owner, "config", None)
+        if not getattr(config, "tie_word_embeddings", False):
+            continue
+        if not hasattr(owner, "get_output_embeddings"):
+            continue
+        head, embedding = owner.get_output_embeddings(), owner.get_input_embeddings()
+        if head is None or getattr(head, "weight", None) is getattr(embedding, "weight", None):
+            continue
         config.tie_word_embeddings = False
         tied = getattr(owner, "all_tied_weights_keys", {})
-        name = next((n for n, module in model.named_modules() if module is head), "")
+        name = next((n for n, module in owner.named_modules() if module is head), "")
         tied.pop(f"{name}.weight", None)
 
 

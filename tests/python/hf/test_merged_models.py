@@ -8,7 +8,7 @@ import torch
 from hf_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2_moe, tiny_t5
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
 from qlora_native import (
     LoRALinear,
@@ -163,6 +163,23 @@ def test_a_head_that_was_tied_is_saved_with_its_update(tmp_path):
     assert same_bits(again.model.embed_tokens.weight, embedding)
     assert same_bits(again.lm_head.weight, model.lm_head.weight)
     assert not same_bits(again.lm_head.weight, embedding)
+
+
+def test_a_head_that_was_tied_within_another_module_is_noted():
+    outer = nn.ModuleDict({"model": quantize_model(tiny_llama(tie_word_embeddings=True))})
+    merge_lora(add_lora(outer, r=2, target_modules=["lm_head"]))
+    assert not outer["model"].config.tie_word_embeddings
+    assert "lm_head.weight" not in outer["model"].all_tied_weights_keys
+
+
+def test_a_model_without_a_head_leaves_it_tied(tmp_path):
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    model = AutoModel.from_pretrained(tmp_path / "dense", quantization_config=NF4Config())
+    merge_lora(add_lora(model, r=2))
+    model.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.config.tie_word_embeddings
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_a_head_that_stays_tied_is_saved_once(tmp_path):
