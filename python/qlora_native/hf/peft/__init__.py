@@ -8,6 +8,7 @@ from qlora_native.hf.peft import (
     merging,
     mixed_batches,
     tuners,
+    unrouted_layers,
 )
 from qlora_native.hf.peft.lora_layer import NF4LoraLinear
 
@@ -20,5 +21,14 @@ def install() -> None:
     Raises ImportError where the installed PEFT has not what is wrapped.
     """
     # The order matters: `tuners` shows NF4 layers to what `injection` has wrapped before.
-    for part in (dispatch, injection, merging, mixed_batches, counts, kbit_training, tuners):
+    for part in (
+        dispatch,
+        injection,
+        merging,
+        mixed_batches,
+        counts,
+        kbit_training,
+        tuners,
+        unrouted_layers,
+    ):
         part.install()
