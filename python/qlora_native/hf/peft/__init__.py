@@ -3,6 +3,7 @@
 from qlora_native.hf.peft import (
     counts,
     dispatch,
+    hotswap,
     injection,
     kbit_training,
     merging,
@@ -23,6 +24,7 @@ def install() -> None:
     # The order matters: `tuners` shows NF4 layers to what `injection` has wrapped before.
     for part in (
         dispatch,
+        hotswap,
         injection,
         merging,
         mixed_batches,

@@ -23,6 +23,7 @@ from peft.tuners.lora.config import (
     VeloraConfig,
 )
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.hotswap import hotswap_adapter
 from peft_models import (
     add_adapter,
     anatomy,
@@ -35,6 +36,7 @@ from peft_models import (
     twins,
     with_adapter,
 )
+from safetensors.torch import load_file, save_file
 
 from qlora_native import quantize_model
 
@@ -206,6 +208,53 @@ def test_an_adapter_for_a_base_with_more_layers_names_what_does_not_fit(tmp_path
     before = anatomy(model)
     with pytest.raises(ValueError, match=r"2 tensors .*layers\.2\.self_attn\.q_proj\.lora_A"):
         PeftModel.from_pretrained(model, tmp_path)
+    assert_untouched(model, before)
+
+
+def test_loading_over_an_adapter_that_is_there_changes_it_whole_or_not_at_all(tmp_path):
+    other = with_adapter(twins()[0], lora())
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_" in name:
+                parameter.add_(1)
+    other.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    last = max(tensors)
+    bad_shape = {**tensors, last: torch.zeros(3, 3)}
+    bad_layer = {**tensors, last.replace("layers.1", "layers.7"): tensors[last].clone()}
+    model = with_adapter(twins()[0], lora())
+    before = anatomy(model)
+    for bad, message in ((bad_shape, "size mismatch"), (bad_layer, r"layers\.7")):
+        save_file(bad, file)
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            model.load_adapter(tmp_path, "default")
+        assert_untouched(model, before)
+    save_file(tensors, file)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model, tokens()), logits(other, tokens()))
+
+
+def test_a_models_own_load_adapter_leaves_nothing_out_either(tmp_path):
+    deeper = quantize_model(tiny_llama(num_hidden_layers=3))
+    with_adapter(deeper, lora(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model, _ = twins()
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=r"2 tensors .*layers\.2\.self_attn\.q_proj\.lora_A"):
+        model.load_adapter(str(tmp_path))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(32, 2), (128, 4)])
+def test_an_adapter_for_another_base_is_not_swapped_in(tmp_path, hidden, heads):
+    shape = {"num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    another = quantize_model(tiny_llama(hidden_size=hidden, **shape))
+    with_adapter(another, lora(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = with_adapter(twins()[0], lora(target_modules=["q_proj"]))
+    before = anatomy(model)
+    message = rf"4 tensors.*q_proj\.lora_A\.default\.weight is \[4, {hidden}\], want \['r', 64\]"
+    with pytest.raises(ValueError, match=message):
+        hotswap_adapter(model, tmp_path, "default")
     assert_untouched(model, before)
 
 
