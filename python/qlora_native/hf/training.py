@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.nn import LoRALinear, NF4Linear
+from qlora_native.nn.add_lora import is_layer_of_peft
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -64,11 +65,9 @@ def prepare_model(
 
 
 def _has_adapter(module: nn.Module) -> bool:
-    # PEFT's layers are known by their base class, a PeftModel by its configs; peft may be missing.
+    # A PeftModel is known by its configs: one with a prompt has no layer of PEFT.
     return (
-        isinstance(module, LoRALinear)
-        or hasattr(module, "peft_config")
-        or any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+        isinstance(module, LoRALinear) or hasattr(module, "peft_config") or is_layer_of_peft(module)
     )
 
 

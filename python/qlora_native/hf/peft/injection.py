@@ -14,7 +14,7 @@ from transformers.integrations import PeftAdapterMixin
 
 from qlora_native.hf.peft.patching import Function, wrap
 from qlora_native.hf.peft.rollback import unchanged_on_error
-from qlora_native.nn import NF4Linear
+from qlora_native.nn import LoRALinear, NF4Linear
 from qlora_native.nn.routing import routed_layers
 
 
@@ -38,6 +38,7 @@ def _checks_first(original: Function) -> Function:
     def inject_adapter(
         self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
+        _check_not_native(model)
         if not has_nf4(model):
             return original(self, model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
@@ -57,6 +58,16 @@ def _checks_first(original: Function) -> Function:
             layer.routing.change(names)
 
     return inject_adapter
+
+
+def _check_not_native(model: nn.Module) -> None:
+    """PEFT would put its layers inside of ours, as the base or on an adapter's place."""
+    native = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    if native:
+        raise ValueError(
+            f"PEFT cannot add an adapter: the model has adapters of add_lora or load_lora already, "
+            f"as {native[0]}; use either these or PEFT's in one model"
+        )
 
 
 def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:

@@ -38,7 +38,8 @@ from peft_models import (
 )
 from safetensors.torch import load_file, save_file
 
-from qlora_native import quantize_model
+from qlora_native import add_lora, quantize_model
+from qlora_native.hf import load_lora, save_lora
 
 BAD_NUMBERS = {
     "r": [
@@ -282,6 +283,35 @@ def test_a_truncated_adapter_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(Exception, match=r"(?i)incomplete|invalid|metadata"):
         PeftModel.from_pretrained(model, tmp_path)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "dense"])
+def test_native_adapters_are_not_put_among_pefts(tmp_path, kind):
+    model = with_adapter(twins()[kind == "dense"], lora())
+    before = anatomy(model)
+    for call in (
+        functools.partial(add_lora, r=2, adapter_name="other"),
+        functools.partial(save_lora, directory=tmp_path / "never"),
+        functools.partial(load_lora, directory=tmp_path / "never"),
+    ):
+        with pytest.raises(ValueError, match=r"q_proj is a layer of PEFT.*save_pretrained"):
+            call(model)
+    assert_untouched(model, before)
+    assert not (tmp_path / "never").exists()
+
+
+def test_pefts_adapters_are_not_put_among_native_ones(tmp_path):
+    with_adapter(twins()[0], lora()).save_pretrained(tmp_path)
+    model = add_lora(twins()[0], r=2)
+    before = anatomy(model)
+    for call in (
+        functools.partial(get_peft_model, model, lora()),
+        functools.partial(PeftModel.from_pretrained, model, tmp_path),
+        functools.partial(model.add_adapter, lora()),
+    ):
+        with pytest.raises(ValueError, match=r"adapters of add_lora.*q_proj"):
+            call()
+        assert_untouched(model, before)
 
 
 def test_loftq_s_replacement_refuses(tmp_path):
