@@ -5,6 +5,8 @@ tuners' layers) and its copies of whole modules (`modules_to_save`, `trainable_t
 what `set_adapter` has said, for all rows.
 """
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -12,10 +14,12 @@ from torch import nn
 from qlora_native.hf.peft.patching import checked
 from qlora_native.nn.routing import BASE, Names, RoutedLayer, set_lora_checks
 
+_BY_PEFT = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
 
 def install() -> None:
     """Let `set_lora` ask `check_agreement` first; again, nothing happens."""
-    for owner in (BaseTunerLayer, AuxiliaryTrainingWrapper):
+    for owner in _BY_PEFT:
         checked(owner, "_get_available_adapters", ())
     if check_agreement not in set_lora_checks:
         set_lora_checks.append(check_agreement)
@@ -28,13 +32,19 @@ def check_agreement(model: nn.Module, names: Names) -> None:
     Whether PEFT has disabled its adapters does not matter: it then has so for all layers.
     """
     rows = {names} if names is None or isinstance(names, str) else set(names)
+    kinds = {
+        kind
+        for kind in {type(module) for module in model.modules()}
+        if issubclass(kind, _BY_PEFT) and not issubclass(kind, RoutedLayer)
+    }
+    if not kinds:
+        return
     for path, module in model.named_modules():
-        if isinstance(module, RoutedLayer) or not isinstance(
-            module, BaseTunerLayer | AuxiliaryTrainingWrapper
-        ):
+        if type(module) not in kinds:
             continue
-        existing = module._get_available_adapters()
-        acting = existing.intersection(module.active_adapters)
+        layer: Any = module
+        existing = layer._get_available_adapters()
+        acting = existing.intersection(layer.active_adapters)
         for name in rows:
             wanted = existing.intersection({name} - {None, BASE})
             if wanted != acting:
