@@ -42,12 +42,12 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
     factors are `lora_A[name].weight` and `lora_B[name].weight`, and are saved, loaded, switched and
     deleted by PEFT. The forward is this library's: base, updates, dropout and bias are one autograd
     node, which saves x and x · Aᵀ. It reads the factors, so that hooks on PEFT's `lora_A` and
-    `lora_B` modules do not run; where the base itself has hooks, as when it is offloaded, PEFT's
-    own forward runs instead.
+    `lora_B` modules do not run; where the base itself has hooks, as when it is offloaded, it
+    raises.
 
     Which adapters act is said by PEFT (`set_adapter`, `disable_adapter`, `adapter_names`) or by
     `set_lora`, which trains several at once; the later call holds, but for `adapter_names`, which
-    is for one call.
+    is for one call, and `disable_adapter`, at whose end the last `set_lora` is in force.
 
     Raises ValueError or NotImplementedError for settings that are wrong or not right on NF4.
     """
