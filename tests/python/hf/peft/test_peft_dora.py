@@ -54,6 +54,18 @@ def test_a_new_adapter_starts_at_the_base():
     assert_near(logits(model, tokens()), before)
 
 
+def test_a_row_of_zeros_merges_to_zeros_whatever_the_magnitude():
+    nf4, _ = twins()
+    model = with_adapter(nf4, lora(use_dora=True))
+    layer = layers(model)[0]
+    layer.lora_magnitude_vector["default"].weight.data.fill_(5.0)
+    layer.lora_B["default"].weight.data[3] = 0
+    layer.base_layer.weight.data[3] = 0x77  # the code of 0
+    merged = layer.merged_weight("default")
+    assert (merged[3] == 0).all()
+    assert merged.isfinite().all()
+
+
 def test_with_dropout_evaluation_is_the_same_and_training_has_the_mean_of_many_masks():
     ours, theirs = peft_twins(lora(use_dora=True, lora_dropout=0.5, target_modules=["q_proj"]))
     assert_near(logits(ours.eval(), tokens()), logits(theirs.eval(), tokens()))
