@@ -9,6 +9,7 @@ import pytest
 import torch
 from hf_models import nf4_names, saved
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -138,10 +139,27 @@ def test_a_model_of_quantize_model_is_saved_as_a_4_bit_checkpoint(kind, tmp_path
     assert not nf4_names(model.dequantize())
 
 
-def test_a_model_with_adapters_inside_is_not_saved(tmp_path):
+def test_a_checkpoint_with_native_adapters_is_for_load_state_dict_alone(tmp_path):
     model = add_lora(quantize_model(hf_models.tiny_llama()), r=2)
+    with pytest.warns(UserWarning, match=r"save_pretrained: model\.layers\.0.* have an adapter"):
+        model.save_pretrained(tmp_path / "4-bit")
+    again = add_lora(quantize_model(hf_models.tiny_llama()), r=2)
+    again.load_state_dict(load_file(tmp_path / "4-bit" / "model.safetensors"), strict=False)
+    assert state_bits(again) == state_bits(model)
+    with pytest.raises(ValueError, match=r"no layer to hold in 4 bits|is not in the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "4-bit")
+
+
+def test_a_model_with_peft_s_layers_inside_is_not_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = quantize_model(hf_models.tiny_llama())
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match=r"save_pretrained: model\.layers\.0.* have an adapter"):
         model.save_pretrained(tmp_path / "4-bit")
+
+
+def test_a_merged_model_is_saved(tmp_path):
+    model = add_lora(quantize_model(hf_models.tiny_llama()), r=2)
     merge_lora(model)
     model.save_pretrained(tmp_path / "dense")
     assert state_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")) == state_bits(model)

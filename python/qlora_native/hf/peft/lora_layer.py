@@ -174,6 +174,10 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
         self.routing.check_recomputation()
         if adapter_names is not None:
             self._check_forward_args(x, adapter_names=adapter_names)
+        y = self._forward_of(x, adapter_names)
+        return self.routing.checked(y) if len(self._modules["lora_A"]._modules) > 1 else y
+
+    def _forward_of(self, x: Tensor, adapter_names: Sequence[str] | None) -> Tensor:
         base = self._modules["base_layer"]
         if self._disable_adapters:
             if self.merged:
