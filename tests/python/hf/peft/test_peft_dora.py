@@ -102,6 +102,15 @@ def test_the_norms_of_the_base_are_kept_and_forgotten_with_it():
     other.load_state_dict(ours.state_dict())
     assert torch.equal(logits(other, tokens()), wanted)
 
+    # So has one that is loaded into the base alone, or written in place.
+    base = layer.base_layer
+    stored = {name: value.clone() for name, value in base.state_dict().items()}
+    with torch.no_grad():
+        base.weight.fill_(0x11)
+    assert_near(layer.weight_norms_squared, base.dequantize().square().sum(1))
+    base.load_state_dict(stored)
+    assert torch.equal(layer.weight_norms_squared, norms)
+
     ours.to(torch.bfloat16).to(torch.float32)
     assert layer.weight_norms_squared.dtype == torch.float32
     assert torch.equal(layer.weight_norms_squared, norms)
