@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlora_native.hf.adapter_config import AdapterConfig, AdapterSettings, config_of
 from qlora_native.hf.adapter_files import read_config, read_tensors, write_adapter
 from qlora_native.nn import LoRAAdapter, LoRALinear
-from qlora_native.nn.add_lora import adapter_names, check_may_change, put_adapters
+from qlora_native.nn.add_lora import adapter_names, check_may_change, check_not_peft, put_adapters
 from qlora_native.nn.lora_adapter import check_adapter_name, check_lora_arguments
 from qlora_native.nn.model import Layers, lora_layers, modules_with_names
 from qlora_native.nn.routing import check_exist
@@ -64,11 +64,13 @@ def save_lora(
 
     Raises:
         ValueError: the model has no LoRALinear, no adapter of that name or, without a name,
-            several; or PEFT's format cannot say what it has: the layers differ in a setting that is
-            one value for all, or PEFT's matching of names would hit more modules than those that
-            have the adapter. No file is then written.
+            several; its layers are PEFT's, which saves them itself; or PEFT's format cannot say
+            what it has: the layers differ in a setting that is one value for all, or PEFT's
+            matching of names would hit more modules than those that have the adapter. No file is
+            then written.
     """
     model = unwrapped(model)
+    check_not_peft("save_lora", model)
     layers = dict(lora_layers(model))
     existing = {name for layer in layers.values() for name in layer.lora_names()}
     if not existing:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.nn import LoRALinear, NF4Linear
+from qlora_native.nn.add_lora import is_layer_of_peft
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -64,11 +65,9 @@ def prepare_model(
 
 
 def _has_adapter(module: nn.Module) -> bool:
-    # PEFT's layers are known by their base class, a PeftModel by its configs; peft may be missing.
+    # A PeftModel is known by its configs: one with a prompt has no layer of PEFT.
     return (
-        isinstance(module, LoRALinear)
-        or hasattr(module, "peft_config")
-        or any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+        isinstance(module, LoRALinear) or hasattr(module, "peft_config") or is_layer_of_peft(module)
     )
 
 
@@ -81,32 +80,36 @@ def _norms(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-class _ToFp32:
-    """A norm's forward pre-hook: 16-bit tensors among its positional arguments become fp32."""
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            arg.float() if isinstance(arg, Tensor) and arg.dtype in _HALVES else arg for arg in args
-        )
-
-
-class _ToDtype:
-    """A norm's forward hook: its result in the dtype that its weight had."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, _: nn.Module, __: Any, output: Any) -> Any:
-        return output.to(self.dtype) if isinstance(output, Tensor) else output
+# An empty buffer of a norm, whose dtype is that of its results: it follows casts of the model.
+_RESULT = "result_like"
 
 
 def _compute_in_fp32(norm: nn.Module) -> None:
     dtype = next(norm.parameters(recurse=False)).dtype
     if dtype not in _HALVES:
         return
+    is_new = _RESULT not in norm._buffers
     norm.float()
-    norm.register_forward_pre_hook(_ToFp32())
-    norm.register_forward_hook(_ToDtype(dtype))
+    norm.register_buffer(_RESULT, torch.empty(0, dtype=dtype), persistent=False)
+    if is_new:
+        norm.register_forward_pre_hook(_to_dtype_of_weight)
+        norm.register_forward_hook(_to_dtype_of_result)
+
+
+def _to_dtype_of_weight(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: 16-bit tensors among its positional arguments become fp32.
+
+    Or what its weight is: 16-bit again after a cast of the model, or under FSDP2's mixed precision.
+    """
+    dtype = next(norm.parameters(recurse=False)).dtype
+    return tuple(
+        arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype in _HALVES else arg for arg in args
+    )
+
+
+def _to_dtype_of_result(norm: nn.Module, _: Any, output: Any) -> Any:
+    """A forward hook: its result in the dtype that its weight had."""
+    return output.to(norm._buffers[_RESULT].dtype) if isinstance(output, Tensor) else output
 
 
 def _enable_checkpointing(model: Any, given: Mapping[str, Any]) -> None:

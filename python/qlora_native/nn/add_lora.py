@@ -132,16 +132,28 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def check_may_change(operation: str, model: nn.Module) -> None:
-    """Raise ValueError if adapters of `model` are PEFT's, or are merged.
-
-    A LoRALinear beside PEFT's layers would save and switch only its own half of an adapter.
-    """
+    """Raise ValueError if adapters of `model` are PEFT's, or are merged."""
+    check_not_peft(operation, model)
     for layer in routed_layers(model):
-        if not isinstance(layer, LoRALinear):
-            raise ValueError(
-                f"{operation}: the model has LoRA layers of PEFT; PEFT adds, saves and loads theirs"
-            )
         layer.check_unmerged(operation)
+
+
+def check_not_peft(operation: str, model: nn.Module) -> None:
+    """Raise ValueError if there are layers of PEFT in `model`, on whatever base.
+
+    A LoRALinear beside them would save and switch only its own half of an adapter.
+    """
+    for name, module in model.named_modules():
+        if is_layer_of_peft(module):
+            raise ValueError(
+                f"{operation}: {name or 'the model'} is a layer of PEFT; PEFT adds, saves and "
+                "loads theirs (save_pretrained, load_adapter)"
+            )
+
+
+def is_layer_of_peft(module: nn.Module) -> bool:
+    """Whether it is a tuner's layer. PEFT may be missing: it is known by its base class's name."""
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
 
 
 def _in_force(model: nn.Module, first: str) -> Names:

@@ -5,7 +5,7 @@ import itertools
 import math
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
@@ -21,6 +21,9 @@ BASE = "__base__"  # in place of an adapter's name: none, as in PEFT
 
 # One adapter for all rows, one (or BASE) for each element of a batch, or the base alone.
 Names: TypeAlias = str | tuple[str, ...] | None
+
+# What `set_lora` asks with the model and the names before it changes anything; each may raise.
+set_lora_checks: list[Callable[[nn.Module, Names], None]] = []
 
 _REMEMBERED_CHANGES = 64
 
@@ -40,8 +43,9 @@ def set_lora(model: nn.Module, names: str | Sequence[str] | None) -> None:
 
     Raises:
         ValueError: the model has no LoRA layer, none of its layers has an adapter of a name (the
-            message lists those that exist), or an adapter is merged (`merge_lora` with
-            `reversible`). What was in force stays so.
+            message lists those that exist), an adapter is merged (`merge_lora` with `reversible`),
+            or the model has layers of PEFT that would do otherwise (its own, beside those on an NF4
+            base, go by `set_adapter` alone). What was in force stays so.
 
     Checkpointing computes a forward again inside its backward. If another routing is in force then
     than was at the forward, the layer raises RuntimeError: see `Routing.check_recomputation`.
@@ -53,6 +57,8 @@ def set_lora(model: nn.Module, names: str | Sequence[str] | None) -> None:
     check_names("set_lora", wanted, {name for layer in layers for name in layer.lora_names()})
     for layer in layers:
         layer.check_unmerged("set_lora")
+    for check in set_lora_checks:
+        check(model, wanted)
     moment = _Moment.now()
     for layer in layers:
         layer.routing.change(None if wanted == BASE else wanted, moment)

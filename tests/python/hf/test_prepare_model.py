@@ -93,6 +93,25 @@ def test_a_norm_is_computed_in_fp32():
     assert (norm(x).double() - exact).abs().max() <= exact.abs().max() * 2**-8
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+def test_a_prepared_model_follows_casts(make, dtype):
+    """As Trainer's with `bf16_full_eval`; torch's LayerNorm wants one dtype of weight and input."""
+    model = prepare_model(make()).to(dtype).eval()
+    expected = make().to(dtype).eval()
+    with torch.no_grad():
+        logits, want = (each(input_ids=TOKENS).logits for each in (model, expected))
+    assert logits.dtype == dtype
+    # What bf16 rounded at the start is the same; prepared norms round their result once more.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits, want, rtol=4 * eps, atol=4 * eps * want.abs().max())
+    again = prepare_model(model)
+    norms = [module for name, module in again.named_modules() if name.endswith("norm")]
+    assert all(len(norm._forward_hooks) <= 1 for norm in norms)
+    with torch.no_grad():
+        assert again(input_ids=TOKENS).logits.dtype == dtype
+
+
 def test_an_fp32_model_gets_no_hooks():
     model = make_llama(torch.float32)
     prepare_model(model)

@@ -146,35 +146,39 @@ def test_trainer_evaluates_and_saves_the_adapter_alone(path, tmp_path):
     assert evaluation.evaluate()["eval_loss"] == loss
 
 
-def run_sft(path, output, resume=None, **more):
+def run_sft(path, output, by_peft, resume=None):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     peft = pytest.importorskip("peft")
+    model = load(path, torch.bfloat16)
+    config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
     examples = [{"text": "abcdefgh" * (2 + i % 3)} for i in range(24)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         trainer = trl.SFTTrainer(
-            prepare_model(load(path, torch.bfloat16)),
-            args=trl.SFTConfig(**settings(output, max_length=32, bf16=False, **more)),
+            prepare_model(model) if by_peft else with_native_lora(model),
+            args=trl.SFTConfig(**settings(output, max_length=32, bf16=False)),
             train_dataset=datasets.Dataset.from_list(examples),
             processing_class=make_tokenizer(),
-            peft_config=peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"),
+            peft_config=config if by_peft else None,
             optimizer_cls_and_kwargs=(PagedAdamW, {"lr": 5e-3}),
         )
         trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def test_sft_trainer_learns_and_resumes_exactly(path, tmp_path):
-    whole = run_sft(path, tmp_path / "whole")
+@pytest.mark.parametrize("by_peft", [True, False], ids=["peft", "native"])
+def test_sft_trainer_learns_and_resumes_exactly(path, tmp_path, by_peft):
+    whole = run_sft(path, tmp_path / "whole", by_peft)
     losses = losses_of(whole)
     assert losses[-1] < losses[0] - 0.1
     assert type(whole.optimizer.optimizer) is PagedAdamW
     factors = trainable(whole.model)
     assert {value.dtype for value in factors.values()} == {torch.float32}
+    assert any(isinstance(m, LoRALinear) for m in whole.model.modules()) != by_peft
 
     checkpoint = tmp_path / "whole" / f"checkpoint-{STEPS // 2}"
-    resumed = run_sft(path, tmp_path / "resumed", resume=str(checkpoint))
+    resumed = run_sft(path, tmp_path / "resumed", by_peft, resume=str(checkpoint))
     assert losses_of(resumed)[STEPS // 2 :] == losses[STEPS // 2 :]
     for name, value in trainable(resumed.model).items():
         assert same_bits(value, factors[name]), name

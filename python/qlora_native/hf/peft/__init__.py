@@ -3,11 +3,13 @@
 from qlora_native.hf.peft import (
     counts,
     dispatch,
+    hotswap,
     injection,
     kbit_training,
     merging,
     mixed_batches,
     tuners,
+    unrouted_layers,
 )
 from qlora_native.hf.peft.lora_layer import NF4LoraLinear
 
@@ -20,5 +22,15 @@ def install() -> None:
     Raises ImportError where the installed PEFT has not what is wrapped.
     """
     # The order matters: `tuners` shows NF4 layers to what `injection` has wrapped before.
-    for part in (dispatch, injection, merging, mixed_batches, counts, kbit_training, tuners):
+    for part in (
+        dispatch,
+        hotswap,
+        injection,
+        merging,
+        mixed_batches,
+        counts,
+        kbit_training,
+        tuners,
+        unrouted_layers,
+    ):
         part.install()

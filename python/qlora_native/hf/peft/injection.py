@@ -1,5 +1,7 @@
 """Adapters on a model with NF4 layers: checks before, and a model as it was after an error."""
 
+import inspect
+import itertools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -7,12 +9,12 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import PeftAdapterMixin
 
 from qlora_native.hf.peft.patching import Function, wrap
 from qlora_native.hf.peft.rollback import unchanged_on_error
-from qlora_native.nn import NF4Linear
+from qlora_native.nn import LoRALinear, NF4Linear
 from qlora_native.nn.routing import routed_layers
 
 
@@ -20,6 +22,7 @@ def install() -> None:
     """Wrap what puts adapters into a model, and what loads their weights."""
     wrap(BaseTuner, "inject_adapter", ("model", "adapter_name"), _checks_first)
     wrap(PeftModel, "load_adapter", ("model_id", "adapter_name"), _leaves_nothing_out)
+    wrap(PeftAdapterMixin, "load_adapter", ("adapter_name",), _leaves_nothing_out)
     for name in ("load_adapter", "from_pretrained"):
         wrap(PeftModel, name, ("model_id", "adapter_name"), _all_or_nothing)
     for name in ("load_adapter", "add_adapter"):  # of transformers' models
@@ -35,6 +38,7 @@ def _checks_first(original: Function) -> Function:
     def inject_adapter(
         self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
+        _check_not_native(model)
         if not has_nf4(model):
             return original(self, model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
@@ -54,6 +58,16 @@ def _checks_first(original: Function) -> Function:
             layer.routing.change(names)
 
     return inject_adapter
+
+
+def _check_not_native(model: nn.Module) -> None:
+    """PEFT would put its layers inside of ours, as the base or on an adapter's place."""
+    native = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    if native:
+        raise ValueError(
+            f"PEFT cannot add an adapter: the model has adapters of add_lora or load_lora already, "
+            f"as {native[0]}; use either these or PEFT's in one model"
+        )
 
 
 def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
@@ -86,11 +100,12 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def _leaves_nothing_out(original: Function) -> Function:
-    """PEFT drops what the file has for layers that are not there, and says nothing."""
+    """What the file has for layers that are not there is dropped, by PEFT without a word."""
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        unknown = [key for key in result.unexpected_keys if ".lora_" in key]
+        # Those of older transformers return nothing.
+        unknown = sorted(key for key in getattr(result, "unexpected_keys", ()) if ".lora_" in key)
         if unknown and has_nf4(self):
             raise ValueError(
                 f"load_adapter: the file has {len(unknown)} tensors for which the model has no "
@@ -102,13 +117,23 @@ def _leaves_nothing_out(original: Function) -> Function:
 
 
 def _all_or_nothing(original: Function) -> Function:
+    signature = inspect.signature(original)
+
     def load(self_or_class: Any, *args: Any, **kwargs: Any) -> Any:
         model = self_or_class
         if not isinstance(model, nn.Module):  # `from_pretrained` is a class's
             model = args[0] if args else kwargs.get("model")
         if not isinstance(model, nn.Module) or not has_nf4(model):
             return original(self_or_class, *args, **kwargs)
-        with unchanged_on_error(model):
+        given = signature.bind_partial(self_or_class, *args, **kwargs).arguments
+        adapter_name = given.get("adapter_name") or "default"
+        with unchanged_on_error(model, _tensors_of(model, adapter_name)):
             return original(self_or_class, *args, **kwargs)
 
     return load
+
+
+def _tensors_of(model: nn.Module, adapter_name: str) -> list[Tensor]:
+    """What an adapter of this name has already: loading over it writes there."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return [tensor for name, tensor in named if adapter_name in name.split(".")]

@@ -25,8 +25,8 @@ from qlora_native.nn.routing import (
     groups_of_batch,
     rows_of_each_element,
 )
+from qlora_native.nn.row_norms import RowNorms
 from qlora_native.nn.wrapping import check_not_distributed
-from qlora_native.ops.dora import row_norms_squared
 from qlora_native.ops.lora import LoRAFactors
 from qlora_native.ops.lora_groups import LoRAGroup
 
@@ -42,12 +42,12 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
     factors are `lora_A[name].weight` and `lora_B[name].weight`, and are saved, loaded, switched and
     deleted by PEFT. The forward is this library's: base, updates, dropout and bias are one autograd
     node, which saves x and x · Aᵀ. It reads the factors, so that hooks on PEFT's `lora_A` and
-    `lora_B` modules do not run; where the base itself has hooks, as when it is offloaded, PEFT's
-    own forward runs instead.
+    `lora_B` modules do not run; where the base itself has hooks, as when it is offloaded, it
+    raises.
 
     Which adapters act is said by PEFT (`set_adapter`, `disable_adapter`, `adapter_names`) or by
     `set_lora`, which trains several at once; the later call holds, but for `adapter_names`, which
-    is for one call.
+    is for one call, and `disable_adapter`, at whose end the last `set_lora` is in force.
 
     Raises ValueError or NotImplementedError for settings that are wrong or not right on NF4.
     """
@@ -73,12 +73,12 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
         self.routing = Routing()
         self.merged_adapters: list[str] = []
         self.merge_dtype = torch.float32  # of a merged weight; PEFT's merge calls have no such word
-        self._weight_norms: Tensor | None = None
+        self._norms = RowNorms()
         self._active_names = ""
         self._names_when_enabled: Names = None
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
         self.fan_in_fan_out = False  # a 4-bit weight is never transposed
-        self.register_load_state_dict_post_hook(NF4LoraLinear._forget_weight_norms)
+        self.register_load_state_dict_post_hook(NF4LoraLinear._forget_norms)
 
     # ---- what PEFT asks while it builds adapters
 
@@ -265,20 +265,14 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
 
     @property
     def weight_norms_squared(self) -> Tensor:
-        """‖W_n‖² of the base's rows, fp32 `[out_features]`: computed once and kept.
+        """‖W_n‖² of the base, fp32 `[out_features]`; computed again if it was written or moved."""
+        return self._norms.of(self.base_layer.tensors())
 
-        Loading a state dict or moving the layer makes it forget them.
-        """
-        if self._weight_norms is None:
-            with torch.no_grad(), torch.inference_mode(False):
-                self._weight_norms = row_norms_squared(self.base_layer.tensors())
-        return self._weight_norms
-
-    def _forget_weight_norms(self, *_: Any) -> None:
-        self._weight_norms = None
+    def _forget_norms(self, *_: Any) -> None:
+        self._norms.forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self._forget_weight_norms()
+        self._norms.forget()
         return super()._apply(fn, recurse)
 
 

@@ -1,23 +1,24 @@
 """A model that is as it was if something fails on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _CONTAINERS = (dict, list, set)
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+def unchanged_on_error(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iterator[None]:
     """If what is done inside raises, take back what it did to the modules of `model`.
 
     PEFT replaces layers one after another and loads weights into them afterwards, so that an error
     leaves a model that is neither the one nor the other. What comes back: the class, submodules,
     parameters, buffers and other attributes of every module, one level deep; the config's;
     `requires_grad`; and the memory of a parameter whose `.data` was replaced. Numbers that were
-    changed in place stay changed.
+    changed in place stay changed, but for those of the tensors `overwritten`, which are copied.
     """
     owners: list[Any] = list(model.modules())
     config = getattr(model, "config", None)
@@ -31,6 +32,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         if isinstance(value, _CONTAINERS)
     ]
     parameters = [(p, p.requires_grad, p.data) for p in model.parameters()]
+    copies = [(tensor, tensor.detach().clone()) for tensor in overwritten]
     try:
         yield
     except BaseException:
@@ -48,4 +50,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
             parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for tensor, copy in copies:
+                tensor.copy_(copy)
         raise

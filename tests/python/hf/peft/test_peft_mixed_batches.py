@@ -209,3 +209,38 @@ def test_peft_twins_differ_without_their_adapters():
     with_it = logits(ours, tokens())
     set_lora(ours, None)
     assert (with_it - logits(ours, tokens())).abs().max() > 0.05
+
+
+# What leaves a model with something that is PEFT's alone, beside NF4 layers.
+BESIDE = {
+    "LoRA on a dense layer": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on an embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "a copy of a module": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "trained tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("settings", BESIDE.values(), ids=BESIDE)
+def test_set_lora_refuses_what_layers_that_it_does_not_reach_would_do_otherwise(settings):
+    model = with_adapter(twins()[0], lora(**settings), adapter_name="a").eval()
+    add_adapter(model, "b", lora(**settings))
+    before = logits(model, tokens())
+    for names in ("b", ["a", "b", "a"], ["a", "a", "__base__"], None):
+        with pytest.raises(ValueError, match=r"of PEFT, which set_lora does not reach.*\['a'\]"):
+            set_lora(model, names)
+        assert torch.equal(logits(model, tokens()), before)
+    set_lora(model, ["a"] * 3)  # which is what they do
+    assert_near(logits(model, tokens()), before)
+    model.set_adapter("b")
+    set_lora(model, "b")
+    with model.disable_adapter():
+        set_lora(model, "b")
+
+
+def test_set_lora_lets_adapters_be_that_only_nf4_layers_have():
+    model = with_adapter(twins()[0], lora(target_modules=["q_proj"]), adapter_name="a").eval()
+    add_adapter(model, "b", lora(target_modules=["q_proj"]))
+    add_adapter(model, "head", lora(target_modules=["k_proj", "lm_head"]))
+    set_lora(model, ["a", "b", "__base__"])
+    with pytest.raises(ValueError, match=r"lm_head is a Linear of PEFT.*wants \['head'\]"):
+        set_lora(model, ["a", "b", "head"])

@@ -23,6 +23,7 @@ from peft.tuners.lora.config import (
     VeloraConfig,
 )
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.hotswap import hotswap_adapter
 from peft_models import (
     add_adapter,
     anatomy,
@@ -35,8 +36,10 @@ from peft_models import (
     twins,
     with_adapter,
 )
+from safetensors.torch import load_file, save_file
 
-from qlora_native import quantize_model
+from qlora_native import add_lora, quantize_model
+from qlora_native.hf import load_lora, save_lora
 
 BAD_NUMBERS = {
     "r": [
@@ -209,6 +212,53 @@ def test_an_adapter_for_a_base_with_more_layers_names_what_does_not_fit(tmp_path
     assert_untouched(model, before)
 
 
+def test_loading_over_an_adapter_that_is_there_changes_it_whole_or_not_at_all(tmp_path):
+    other = with_adapter(twins()[0], lora())
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_" in name:
+                parameter.add_(1)
+    other.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    last = max(tensors)
+    bad_shape = {**tensors, last: torch.zeros(3, 3)}
+    bad_layer = {**tensors, last.replace("layers.1", "layers.7"): tensors[last].clone()}
+    model = with_adapter(twins()[0], lora())
+    before = anatomy(model)
+    for bad, message in ((bad_shape, "size mismatch"), (bad_layer, r"layers\.7")):
+        save_file(bad, file)
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            model.load_adapter(tmp_path, "default")
+        assert_untouched(model, before)
+    save_file(tensors, file)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model, tokens()), logits(other, tokens()))
+
+
+def test_a_models_own_load_adapter_leaves_nothing_out_either(tmp_path):
+    deeper = quantize_model(tiny_llama(num_hidden_layers=3))
+    with_adapter(deeper, lora(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model, _ = twins()
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=r"2 tensors .*layers\.2\.self_attn\.q_proj\.lora_A"):
+        model.load_adapter(str(tmp_path))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(32, 2), (128, 4)])
+def test_an_adapter_for_another_base_is_not_swapped_in(tmp_path, hidden, heads):
+    shape = {"num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    another = quantize_model(tiny_llama(hidden_size=hidden, **shape))
+    with_adapter(another, lora(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = with_adapter(twins()[0], lora(target_modules=["q_proj"]))
+    before = anatomy(model)
+    message = rf"4 tensors.*q_proj\.lora_A\.default\.weight is \[4, {hidden}\], want \['r', 64\]"
+    with pytest.raises(ValueError, match=message):
+        hotswap_adapter(model, tmp_path, "default")
+    assert_untouched(model, before)
+
+
 def test_a_models_own_add_adapter_and_load_adapter_leave_it_as_it_was(tmp_path):
     with_adapter(twins()[0], lora()).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -233,6 +283,35 @@ def test_a_truncated_adapter_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(Exception, match=r"(?i)incomplete|invalid|metadata"):
         PeftModel.from_pretrained(model, tmp_path)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "dense"])
+def test_native_adapters_are_not_put_among_pefts(tmp_path, kind):
+    model = with_adapter(twins()[kind == "dense"], lora())
+    before = anatomy(model)
+    for call in (
+        functools.partial(add_lora, r=2, adapter_name="other"),
+        functools.partial(save_lora, directory=tmp_path / "never"),
+        functools.partial(load_lora, directory=tmp_path / "never"),
+    ):
+        with pytest.raises(ValueError, match=r"q_proj is a layer of PEFT.*save_pretrained"):
+            call(model)
+    assert_untouched(model, before)
+    assert not (tmp_path / "never").exists()
+
+
+def test_pefts_adapters_are_not_put_among_native_ones(tmp_path):
+    with_adapter(twins()[0], lora()).save_pretrained(tmp_path)
+    model = add_lora(twins()[0], r=2)
+    before = anatomy(model)
+    for call in (
+        functools.partial(get_peft_model, model, lora()),
+        functools.partial(PeftModel.from_pretrained, model, tmp_path),
+        functools.partial(model.add_adapter, lora()),
+    ):
+        with pytest.raises(ValueError, match=r"adapters of add_lora.*q_proj"):
+            call()
+        assert_untouched(model, before)
 
 
 def test_loftq_s_replacement_refuses(tmp_path):
