@@ -48,8 +48,11 @@ def describe(tensor: Tensor) -> str:
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor, on the CPU; of a sharded one every rank of its mesh must call."""
     tensor = tensor.detach()
-    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
-    return whole.cpu().contiguous()
+    if is_sharded(tensor):
+        # An offloaded part is on the CPU, where the mesh's processes may not talk to each other.
+        sharded: Any = tensor.to(tensor.device_mesh.device_type)
+        tensor = sharded.full_tensor()
+    return tensor.cpu().contiguous()
 
 
 def copy_whole(whole: Tensor, into: Tensor) -> None:

@@ -34,9 +34,14 @@ if _has("transformers") and _has("transformers.core_model_loading"):  # which ca
     _bitsandbytes_loading.install()
     parameter_count.install()
 
-if _has("peft"):
-    from qlora_native.hf.peft import install as _install_peft_layers
-
+if _has("transformers") and _has("peft"):  # which cannot be imported without it
+    try:
+        from qlora_native.hf.peft import install as _install_peft_layers
+    except ImportError as error:
+        raise ImportError(
+            f"qlora_native.hf needs peft 0.18 or newer, and what is installed is another: {error}",
+            name=error.name,
+        ) from error
     _install_peft_layers()
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from qlora_native.hf.config import NF4Config
@@ -93,12 +95,6 @@ def tied_layers(model: Any) -> set[str]:
     return {name for name in tied if is_quantizable(model.get_submodule(name))}
 
 
-def kept_in_fp32(model: Any) -> set[str]:
-    """Modules that transformers keeps in fp32 where the model is not: T5's `wo`, for one."""
-    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return {name for names in lists for name in getattr(model, names, None) or ()}
-
-
 def check_skip(model: Any, skip: Iterable[str]) -> None:
     """Raise ValueError for an entry that matches no module, or a tied layer that none matches."""
     skip = list(skip)
@@ -143,6 +139,25 @@ def _stays_as_it_is(module: nn.Module) -> bool:
     return is_quantizable(module) or isinstance(module, known)
 
 
+def names_in_model(model: Any, layers: Iterable[str]) -> set[str]:
+    """Names that layers of a checkpoint may have in `model`, by which it is loaded.
+
+    The model may be newer than the checkpoint, and its class have other names. A head's model has a
+    prefix before the names that the bare model has, and loads both.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
+    prefix = f"{model.base_model_prefix}."
+    names = set()
+    for layer in layers:
+        key = f"{layer}.weight"
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        name = key.removesuffix(".weight")
+        names |= {name, name.removeprefix(prefix), prefix + name}
+    return names
+
+
 def nf4_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The 4-bit layers of `model`, with their names."""
     return modules_with_names(model, lambda module: isinstance(module, NF4Linear | NF4Experts))
@@ -151,16 +166,6 @@ def nf4_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
 def is_offloaded(layer: nn.Module) -> bool:
     """Whether accelerate keeps the layer's parameters elsewhere until it is called."""
     return any(parameter.is_meta for parameter in layer.parameters())
-
-
-def move_hook(layer: Any, other: nn.Module) -> None:
-    """Give `other`, which takes the place of `layer`, what accelerate attached to it."""
-    hook = getattr(layer, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(layer)
-        add_hook_to_module(other, hook)
 
 
 def has_finite_scales(layer: Any) -> bool:

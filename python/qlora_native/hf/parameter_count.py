@@ -13,10 +13,14 @@ from qlora_native.nn import NF4Experts, NF4Linear
 def install() -> None:
     """Have PreTrainedModel.num_parameters count n · k for an NF4 weight, and not its bytes.
 
+    Again, nothing happens.
+
     Raises:
         ImportError: this version of transformers has another method there.
     """
     original = PreTrainedModel.num_parameters
+    if getattr(original, "_counts_weights_of_codes", False):
+        return
     parameters = list(inspect.signature(original).parameters)
     if parameters != ["self", "only_trainable", "exclude_embeddings"]:
         raise ImportError(
@@ -37,4 +41,5 @@ def install() -> None:
                 count += module.weight_count - stored
         return count
 
+    num_parameters._counts_weights_of_codes = True  # type: ignore[attr-defined]
     PreTrainedModel.num_parameters = num_parameters

@@ -22,15 +22,15 @@ from qlora_native.hf.layers import (
     has_finite_scales,
     is_named,
     is_offloaded,
-    kept_in_fp32,
-    move_hook,
+    names_in_model,
     nf4_layers,
     put_nf4_layers,
     warn_of_dense_weights,
 )
 from qlora_native.hf.streamed_experts import StreamedExperts
 from qlora_native.nn import LoRALinear, NF4Experts, NF4Linear
-from qlora_native.nn.model import replace_module
+from qlora_native.nn.dense import dequantize_layers
+from qlora_native.nn.model import kept_in_fp32
 
 
 @register_quantizer(QUANT_METHOD)
@@ -168,7 +168,7 @@ class NF4HfQuantizer(HfQuantizer):
             )
             warn_of_dense_weights(model, entries)
         else:
-            stored = _with_prefix_and_without(file_layers, model.base_model_prefix)
+            stored = names_in_model(model, file_layers)
             layers = put_nf4_layers(model, config, lambda names: not stored.isdisjoint(names))
         if not layers:
             raise ValueError(
@@ -245,21 +245,11 @@ class NF4HfQuantizer(HfQuantizer):
     # ---- back to dense
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        layers = nf4_layers(model)
-        offloaded = [names[0] for layer, names in layers.items() if is_offloaded(layer)]
-        if offloaded:
-            raise ValueError(
-                f"dequantize: {offloaded[0]} and {len(offloaded) - 1} more layers are offloaded; "
-                "load the model without offloading"
-            )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # after a save it is
         dtype = dtype or model.dtype
         is_trained = not adapter_layers(model)  # beside an adapter the base stays frozen
-        while layers:
-            layer, names = layers.popitem()
-            dense = layer.to_dense(dtype).requires_grad_(is_trained)
-            move_hook(layer, dense)
-            replace_module(model, names, dense)
+        for name in dequantize_layers(model, dtype):
+            model.get_submodule(name).requires_grad_(is_trained)
         return model if dtype == model.dtype else model.to(dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -316,13 +306,3 @@ def adapter_layers(model: nn.Module) -> list[str]:
 
 def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) or str(device).startswith("cuda")
-
-
-def _with_prefix_and_without(names: set[str], prefix: str) -> set[str]:
-    """A head's model has a prefix before the names that the bare model has, and loads both."""
-    dotted = f"{prefix}."
-    return {
-        *names,
-        *(name.removeprefix(dotted) for name in names),
-        *(dotted + name for name in names),
-    }

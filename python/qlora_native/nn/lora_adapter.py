@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qlora_native.nn.nf4_linear import NF4Linear, parameter_of
 from qlora_native.nn.routing import BASE
+from qlora_native.ops.dora import row_gains
 from qlora_native.ops.lora import LoRAFactors
 
 
@@ -75,10 +76,7 @@ class LoRAAdapter(nn.Module):
         """The weight [n, k] of a layer with this adapter, of the fp32 weight without it."""
         merged = torch.addmm(weight, self.lora_b.float(), self.lora_a.float(), alpha=self.scaling)
         if self.magnitude is not None:
-            norms = torch.linalg.vector_norm(merged, dim=1)
-            merged *= (self.magnitude.float() / norms.clamp_min(torch.finfo(norms.dtype).tiny))[
-                :, None
-            ]
+            merged *= row_gains(self.magnitude, merged)[:, None]
         return merged
 
     def extra_repr(self) -> str:

@@ -21,7 +21,7 @@ from qlora_native.nn.routing import (
     groups_of_batch,
     rows_of_each_element,
 )
-from qlora_native.ops.dora import row_norms_squared
+from qlora_native.nn.row_norms import RowNorms
 from qlora_native.ops.lora import LoRAFactors
 from qlora_native.ops.lora_groups import LoRAGroup
 
@@ -73,7 +73,7 @@ class LoRALinear(HeldMerge, RoutedLayer):
         self.base = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.routing = Routing(adapter_name)
-        self._norms: tuple[Any, Tensor] | None = None  # what they were taken of, and ‖W_n‖²
+        self._norms = RowNorms()
         self.train(base.training)
         self.adapters[adapter_name] = self.make_adapter(
             r, lora_alpha, lora_dropout, use_rslora, use_dora
@@ -277,29 +277,14 @@ class LoRALinear(HeldMerge, RoutedLayer):
     def _weight_norm_squared(self) -> Tensor:
         """‖W_n‖² of the base, fp32 [n]; computed again if its memory was written or moved."""
         base = self.base
-        weight = base.tensors() if isinstance(base, NF4Linear) else base.weight
-        if torch.compiler.is_compiling():
-            return row_norms_squared(weight) if self._norms is None else self._norms[1]
-        stored = (
-            [weight] if isinstance(weight, Tensor) else [t for t in weight[:4] if t is not None]
-        )
-        if any(t.is_meta for t in stored):
-            return row_norms_squared(weight)
-        key = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in stored]
-        if self._norms is None or self._norms[0] != key:
-            with torch.no_grad(), torch.inference_mode(False):
-                self._norms = key, row_norms_squared(weight)
-        return self._norms[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_norms": None}
+        return self._norms.of(base.tensors() if isinstance(base, NF4Linear) else base.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
-        self._norms = None
+        self._norms.forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._norms = None  # the base is loaded after this
+        self._norms.forget()  # the base is loaded after this
         super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:

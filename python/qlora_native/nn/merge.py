@@ -103,8 +103,8 @@ def merge_lora(
             others = _dequantize_others(model, model_dtype, undo)
         if batch is not None and before is not None:
             outputs = compare_outputs(model, batch, before, logits_on(model, batch))
-    if not reversible:
-        _tell_transformers(model, is_dense=into == "dense")
+        if not reversible:
+            _tell_transformers(model, is_dense=into == "dense")
     report = MergeReport(
         into="NF4" if into == "nf4" else str(model_dtype).removeprefix("torch."),
         base="the weights that the updates were trained beside",

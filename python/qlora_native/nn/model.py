@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def quantize_model(
     Args:
         model: any module; it is also what is returned.
         skip: names of what stays dense: a layer's whole name, or a part of it between dots
-            (`"lm_head"`, `"visual"`).
+            (`"lm_head"`, `"visual"`). So does what transformers keeps in fp32 (T5's `wo`).
         block_size: weights that share a scale: a power of two from 32 to 4096.
         double_quant: store the scales in 8 bits.
         compute_dtype: of the layers, see `NF4Linear`.
@@ -59,7 +59,7 @@ def quantize_model(
         (name, module)
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or is_experts(module))
-        and not any(name_matches(name, entry) for entry in skip)
+        and not any(name_matches(name, entry) for entry in {*skip, *kept_in_fp32(model)})
     ]
     subclasses = [name for name, module in targets if not is_quantizable(module)]
     if subclasses:
@@ -72,6 +72,7 @@ def quantize_model(
         raise ValueError("quantize_model: the model has no nn.Linear to quantise (after skip)")
     check_not_root("quantize_model", model, [module for _, module in targets])
     _check_untied(model, targets)
+    hf_quantizer = _quantizer_for(model, block_size, double_quant, compute_dtype, skip)
     _warn_of_other_weights(model, skip)
 
     for done, name in enumerate([name for name, _ in targets], start=1):
@@ -89,7 +90,8 @@ def quantize_model(
         replace_module(model, [name], quantized)
         if progress is not None:
             progress(done, done + len(targets), name)
-    _tell_transformers(model, block_size, double_quant, compute_dtype, skip)
+    if hf_quantizer is not None:
+        hf_quantizer.attach(model)
     return model
 
 
@@ -126,6 +128,15 @@ def modules_with_names(model: nn.Module, is_wanted: Callable[[nn.Module], bool])
         if is_wanted(module):
             layers.setdefault(module, []).append(name)
     return layers
+
+
+def kept_in_fp32(model: Any) -> set[str]:
+    """Modules that transformers keeps in fp32 where the model is not: T5's `wo`, for one.
+
+    Their models cast activations to the dtype of such a weight, which 4-bit codes have not.
+    """
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {name for names in lists for name in getattr(model, names, None) or ()}
 
 
 def is_quantizable(module: nn.Module) -> bool:
@@ -168,21 +179,26 @@ def _warn_of_other_weights(model: nn.Module, skip: Sequence[str]) -> None:
         )
 
 
-def _tell_transformers(
+def _quantizer_for(
     model: nn.Module,
     block_size: int,
     double_quant: bool,
     compute_dtype: torch.dtype | None,
     skip: Sequence[str],
-) -> None:
-    """Where it is a model of transformers, its config.json has to say how to load what it saves."""
-    transformers = sys.modules.get("transformers")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from qlora_native.hf import NF4Config
-        from qlora_native.hf.quantizer import NF4HfQuantizer
+) -> Any:
+    """By which a model of transformers says in its config.json how to load what it saves.
 
-        config = NF4Config(block_size, double_quant, compute_dtype, list(skip))
-        NF4HfQuantizer(config, pre_quantized=True).attach(model)
+    None for another model, and with transformers before 5, which could not load it.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    from qlora_native import hf
+
+    if "NF4Config" not in vars(hf):
+        return None
+    config = hf.NF4Config(block_size, double_quant, compute_dtype, list(skip))
+    return hf.quantizer.NF4HfQuantizer(config, pre_quantized=True)
 
 
 def check_not_root(operation: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:

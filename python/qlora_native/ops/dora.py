@@ -55,7 +55,7 @@ def dora_linear(
     """y[..., n] = x · (g ⊙ (W + scaling · B·A))ᵀ + bias, g = magnitude / ‖W + scaling · B·A‖.
 
     Norms are those of rows, and constant in backward (Liu et al. 2024, section 4.3); a row whose
-    norm is zero stays zero. They take no dense W:
+    norm is zero has a gain of 0. They take no dense W:
 
         ‖W_n + s(BA)_n‖² = ‖W_n‖² + 2s · B_n · (W·Aᵀ)_n + s² · B_n·(A·Aᵀ)·B_nᵀ
 
@@ -126,6 +126,12 @@ def row_norms_squared(weight: BaseWeight) -> Tensor:
     return out
 
 
+def row_gains(magnitude: Tensor, weight: Tensor) -> Tensor:
+    """magnitude / ‖weight_n‖ of the rows of a dense `[n, k]` in fp32; 0 for a row of zeros."""
+    norms = torch.linalg.vector_norm(weight.float(), dim=1)
+    return magnitude.float() / norms.masked_fill_(norms == 0, torch.inf)
+
+
 def _check_rows(
     argument: str, tensor: Tensor, n: int, dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
@@ -138,7 +144,10 @@ def _check_rows(
 
 
 def _norms(weight: BaseWeight, factors: LoRAFactors, dtype: torch.dtype, squared: Tensor) -> Tensor:
-    """‖W_n + scaling · (BA)_n‖ of every row, fp32 `[n]`, with factors rounded to `dtype`."""
+    """‖W_n + scaling · (BA)_n‖ of every row, fp32 `[n]`, with factors rounded to `dtype`.
+
+    Infinity for a row of zeros, whose gain and gradients are then 0.
+    """
     a, b = factors.lora_a.to(dtype), factors.lora_b.to(dtype)
     products = base_forward(in_memory(a), weight, None)  # A · Wᵀ, [r, n]
     with autocast_disabled(a):
@@ -152,7 +161,7 @@ def _norms(weight: BaseWeight, factors: LoRAFactors, dtype: torch.dtype, squared
             alpha=factors.scaling**2,
         )
         norms_squared = squared + inner.mul_(b).sum(1)
-    return norms_squared.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
+    return norms_squared.masked_fill_(norms_squared <= 0, torch.inf).sqrt_()
 
 
 def _forward(

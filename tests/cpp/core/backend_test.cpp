@@ -27,6 +27,10 @@ TEST(Backend, AnOperationThatItDoesNotOverrideIsUnsupportedByName) {
                      [&] { backend.nf4_linear_grad_input({}, {}, {}, {}); });
   expect_unsupported("lora_forward", [&] { backend.lora_forward({}, {}); });
   expect_unsupported("lora_backward", [&] { backend.lora_backward({}, {}); });
+  expect_unsupported("lora_forward_grouped", [&] { backend.lora_forward_grouped({}, {}); });
+  expect_unsupported("lora_backward_grouped", [&] { backend.lora_backward_grouped({}, {}); });
+  expect_unsupported("dora_scale", [&] { backend.dora_scale({}, {}); });
+  expect_unsupported("dora_scale_backward", [&] { backend.dora_scale_backward({}, {}); });
   expect_unsupported("dropout", [&] { backend.dropout({}, 0.0, {}, {}, {}); });
   expect_unsupported("adamw_step", [&] { backend.adamw_step({}, {}, {}); });
   expect_unsupported("adamw8bit_step", [&] { backend.adamw8bit_step({}, {}, {}); });

@@ -24,6 +24,7 @@ from torch import multiprocessing
 
 WORLD_SIZE = 2
 START_SECONDS = 120  # of importing torch, on a busy machine
+CALL_SECONDS = 120  # likewise, of what takes a few alone
 GRACE_SECONDS = 3  # for the other rank, when one has failed
 
 
@@ -39,7 +40,9 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
 
-    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, seconds: float = CALL_SECONDS
+    ) -> list[Any]:
         """What `function(*args)` returns on each rank, in order.
 
         The function is of the top level of a module; it finds the group initialised, one thread
@@ -123,7 +126,7 @@ def _serve(rank: int, pipe: Connection, rendezvous: str, stack_file: str) -> Non
                 init_method=f"file://{rendezvous}",
                 rank=rank,
                 world_size=WORLD_SIZE,
-                timeout=timedelta(seconds=120),
+                timeout=timedelta(seconds=CALL_SECONDS),
             )
             pipe.send((True, None))
         except BaseException:

@@ -1,7 +1,10 @@
 """Adapters of models on two ranks: saved once, loaded into shards, and refused when too late."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +19,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qlora_native import LoRALinear, add_lora, merge_lora, quantize_model
 from qlora_native.hf import load_lora, save_lora
+from qlora_native.sharding import gathered
 from support import Block, Model, same_bits, state_bits
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+class OffloadedShard:
+    """What `gathered` asks of a DTensor on the CPU whose mesh is of GPUs that talk by NCCL."""
+
+    device_mesh = SimpleNamespace(device_type="cuda")
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def detach(self) -> OffloadedShard:
+        return self
+
+    def to(self, device: str) -> OffloadedShard:
+        return OffloadedShard(device)
+
+    def to_local(self) -> torch.Tensor:
+        raise AssertionError("a part is not the whole")
+
+    def full_tensor(self) -> torch.Tensor:
+        if self.device != self.device_mesh.device_type:
+            raise RuntimeError(f"No backend type associated with device type {self.device}")
+        return torch.arange(3)
+
+
+def test_an_offloaded_part_is_gathered_on_the_device_of_its_mesh():
+    assert same_bits(gathered(OffloadedShard()), torch.arange(3))
 
 
 def own_folder(folder: str) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes_checkpoints import dequantized, save_with_bitsandbytes, use_other_map
-from hf_models import tiny_llama, tiny_mixtral
+from hf_models import nf4_names, tiny_llama, tiny_llava, tiny_mixtral
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from qlora_native import NF4Linear
 from qlora_native.hf import NF4Config
@@ -137,6 +137,18 @@ def test_in_features_that_are_odd_are_the_models(tmp_path):
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"architectures": ["No"]}))
     with pytest.raises(ValueError, match=r"in_features of a layer is odd.*cannot be built"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "again")
+
+
+def test_names_that_are_older_than_the_models(tmp_path):
+    """transformers saves a Llava model under names that it changes while loading."""
+    save_with_bitsandbytes(tiny_llava(), tmp_path / "theirs")
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    load = LlavaForConditionalGeneration.from_pretrained
+    converted = load(tmp_path / "ours")
+    expected = load(tmp_path / "theirs", quantization_config=NF4Config())
+    assert nf4_names(converted) == nf4_names(expected)
+    for name, tensor in expected.state_dict().items():
+        assert same_bits(converted.state_dict()[name], tensor), name
 
 
 def test_other_files_come_along(theirs, tmp_path):

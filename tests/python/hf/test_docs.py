@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import tiny_llama
+
+from tiny_model import save_tiny_model
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if "```python" in page.read_text())
@@ -22,7 +23,7 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     path = tmp_path / "llama"
-    tiny_llama().save_pretrained(path)
+    save_tiny_model(path)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     namespace = {"__name__": "__main__", "path": str(path), "torch": torch}

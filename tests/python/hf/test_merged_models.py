@@ -1,6 +1,7 @@
 """A merged model of transformers: dense, without a trace of the quantiser, saved and loaded."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -127,6 +128,16 @@ def test_a_merge_that_is_held_or_fails_leaves_a_quantised_model(tmp_path):
     assert traces(model) == before
     model.model.layers[1].mlp.up_proj.lora_b.data[0, 0] = 0.0
     assert state_bits(model).keys() == stored.keys()
+
+
+def test_a_model_that_cannot_be_marked_is_left(monkeypatch):
+    model = add_lora(quantize_model(tiny_llama()), r=2)
+    before = state_bits(model)
+    monkeypatch.setitem(sys.modules, "qlora_native.hf.dense", None)
+    with pytest.raises(ImportError):
+        merge_lora(model)
+    assert state_bits(model) == before
+    assert model.is_quantized
 
 
 def test_a_model_merged_into_nf4_is_a_4_bit_checkpoint(tmp_path):

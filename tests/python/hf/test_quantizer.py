@@ -1,5 +1,6 @@
 """NF4HfQuantizer: its answers to the loader's questions, where no loading is needed to ask."""
 
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from hf_models import saved
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_native import _core, add_lora, quantize_model
+from qlora_native import NF4Linear, _core, add_lora, quantize_model
 from qlora_native.hf import NF4Config, parameter_count
 from qlora_native.hf.layers import put_nf4_layers
 from qlora_native.hf.quantizer import NF4HfQuantizer
@@ -53,7 +54,6 @@ def test_hooks_of_accelerate_move_to_the_dense_layers(tmp_path):
     expected = model(torch.arange(4)[None]).logits
     model.dequantize()
     assert model.model.layers[0].mlp.up_proj._hf_hook is hook
-    assert not hasattr(layer, "_hf_hook")
     torch.testing.assert_close(model(torch.arange(4)[None]).logits, expected)
 
 
@@ -113,6 +113,15 @@ def test_half_precision_keeps_what_transformers_keeps_in_fp32(tmp_path):
     assert loaded(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
 
 
+def test_quantize_model_keeps_what_transformers_keeps_in_fp32():
+    model = quantize_model(hf_models.tiny_t5(torch.bfloat16))
+    feed_forward = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(feed_forward.wo) is nn.Linear
+    assert type(feed_forward.wi) is NF4Linear
+    ids = torch.arange(3, 9)[None]
+    assert model(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
+
+
 def test_generation(tmp_path):
     model = saved(hf_models.tiny_llama(), tmp_path)
     ids = torch.tensor([[5, 6, 7]])
@@ -127,6 +136,58 @@ def test_another_num_parameters_is_refused(monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "num_parameters", lambda self, only_trainable=False: 0)
     with pytest.raises(ImportError, match=r"num_parameters has the parameters \['self', 'only_tr"):
         parameter_count.install()
+
+
+def test_counting_is_taught_once():
+    model = quantize_model(hf_models.tiny_llama())
+    expected = model.num_parameters()
+    parameter_count.install()
+    assert model.num_parameters() == expected
+
+
+def test_an_older_transformers_has_models_to_quantise(tmp_path):
+    """They are not marked: it could not load what they save."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text(
+        "import torch\nclass PreTrainedModel(torch.nn.Sequential): pass\n"
+    )
+    done = run_python(
+        """
+import sys, torch, transformers
+sys.modules["peft"] = None
+from qlora_native import NF4Linear, quantize_model
+model = transformers.PreTrainedModel(torch.nn.Linear(64, 64))
+assert type(quantize_model(model)[0]) is NF4Linear
+assert not hasattr(model, "hf_quantizer")
+""",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_older_peft_is_named_and_leaves_models_alone(tmp_path):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").write_text("__version__ = '0.5.0'")
+    done = run_python(
+        """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from qlora_native import quantize_model
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+))
+for _ in range(2):
+    try:
+        quantize_model(model)
+    except ImportError as error:
+        assert "qlora_native.hf needs peft 0.18 or newer" in str(error), error
+    else:
+        raise AssertionError
+assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+""",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]),
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_transformers_adapters_still_work():

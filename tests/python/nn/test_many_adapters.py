@@ -277,4 +277,4 @@ def test_norms_stay_fp32_when_the_model_is_cast():
     layer.to(torch.bfloat16)
     y = layer(torch.randn(5, K, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
-    assert layer._norms[1].dtype == torch.float32
+    assert layer._weight_norm_squared().dtype == torch.float32

@@ -232,6 +232,18 @@ def test_several_adapters_are_added_up_each_with_its_scaling(use_dora):
     assert 0.0 < report.outputs.max_difference < 1e-4 * report.outputs.rms_logits
 
 
+def test_a_row_of_zeros_stays_zero_whatever_the_magnitude():
+    layer = nn.Linear(64, 8)
+    layer.weight.data[3] = 0
+    model = add_lora(nn.Sequential(NF4Linear.from_linear(layer)), r=2, use_dora=True)
+    model[0].adapters["default"].magnitude.data.fill_(5.0)
+    assert (model[0].merged_weight("default")[3] == 0).all()
+    x = torch.randn(3, 64)
+    expected = model(x)
+    merge_lora(model)
+    assert_near(model(x), expected)
+
+
 def test_a_merge_of_several_adapters_can_be_taken_back():
     model = make_two_adapters()
     set_lora(model, "first")

@@ -175,18 +175,23 @@ def test_at_the_start_it_is_the_base(dtype):
     torch.testing.assert_close(y.double(), base, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
 
 
-def test_a_row_of_zeros_stays_zero():
-    case = Case(torch.float32, use_bias=False)
+@over_dtypes
+@pytest.mark.parametrize("magnitude", [0.0, 5.0])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_a_row_of_zeros_stays_zero(dtype, magnitude, p):
+    case = Case(dtype, p, use_bias=False)
     w = ops.dequantize(case.weight, torch.float32)
     w[3] = 0
     case.weight = quantize(w, 32, False)
     case.squared = row_norms_squared(case.weight)
     case.lora_b.data[3] = 0
-    case.magnitude.data[3] = 0
-    x, dy = torch.randn(M, K), torch.randn(M, N)
-    y, *gradients = results(case, case.trained(), x, dy)
+    case.magnitude.data[3] = magnitude
+    x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+    y, dx, grad_a, grad_b, grad_magnitude = results(case, case.trained(), x, dy)
     assert (y[:, 3] == 0).all()
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (grad_b[3] == 0).all()
+    assert grad_magnitude[3] == 0
+    assert all(gradient.isfinite().all() for gradient in (dx, grad_a, grad_b, grad_magnitude))
 
 
 def test_without_a_gradient_of_the_magnitude_the_others_are_the_same():

@@ -16,8 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import BitsAndBytesConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -80,7 +79,7 @@ class BitsAndBytesLoader(NF4HfQuantizer):
         config = self.quantization_config
         config.block_size, config.double_quant = states.block_size, states.keep_nested
         _warn_of_other_settings(self._given, config)
-        self._layers = _renamed(states.of, model)
+        self._layers = set(states.of)
         self._dtype_plan = model._get_dtype_plan(kwargs.get("dtype"))
         super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
         placed = {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
@@ -220,22 +219,6 @@ def _read_states(files: Iterable[str] | None) -> States:
         ]
         file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         return read_states(find_layers(names), lambda name: file_of[name].get_tensor(name))
-
-
-def _renamed(layers: Iterable[str], model: Any) -> set[str]:
-    """The names that layers of a checkpoint have in the model, which may be newer than it."""
-    renamings = [
-        conversion
-        for conversion in get_model_conversion_mapping(model)
-        if isinstance(conversion, WeightRenaming)
-    ]
-    names = set()
-    for layer in layers:
-        key = f"{layer}.{WEIGHT}"
-        for renaming in renamings:
-            key, _ = renaming.rename_source_key(key)
-        names.add(key.removesuffix(f".{WEIGHT}"))
-    return names
 
 
 def _warn_of_other_settings(given: NF4Config | None, config: NF4Config) -> None:

@@ -25,8 +25,8 @@ from qlora_native.nn.routing import (
     groups_of_batch,
     rows_of_each_element,
 )
+from qlora_native.nn.row_norms import RowNorms
 from qlora_native.nn.wrapping import check_not_distributed
-from qlora_native.ops.dora import row_norms_squared
 from qlora_native.ops.lora import LoRAFactors
 from qlora_native.ops.lora_groups import LoRAGroup
 
@@ -73,12 +73,12 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
         self.routing = Routing()
         self.merged_adapters: list[str] = []
         self.merge_dtype = torch.float32  # of a merged weight; PEFT's merge calls have no such word
-        self._weight_norms: Tensor | None = None
+        self._norms = RowNorms()
         self._active_names = ""
         self._names_when_enabled: Names = None
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
         self.fan_in_fan_out = False  # a 4-bit weight is never transposed
-        self.register_load_state_dict_post_hook(NF4LoraLinear._forget_weight_norms)
+        self.register_load_state_dict_post_hook(NF4LoraLinear._forget_norms)
 
     # ---- what PEFT asks while it builds adapters
 
@@ -282,20 +282,14 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
 
     @property
     def weight_norms_squared(self) -> Tensor:
-        """‖W_n‖² of the base's rows, fp32 `[out_features]`: computed once and kept.
+        """‖W_n‖² of the base, fp32 `[out_features]`; computed again if it was written or moved."""
+        return self._norms.of(self.base_layer.tensors())
 
-        Loading a state dict or moving the layer makes it forget them.
-        """
-        if self._weight_norms is None:
-            with torch.no_grad(), torch.inference_mode(False):
-                self._weight_norms = row_norms_squared(self.base_layer.tensors())
-        return self._weight_norms
-
-    def _forget_weight_norms(self, *_: Any) -> None:
-        self._weight_norms = None
+    def _forget_norms(self, *_: Any) -> None:
+        self._norms.forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self._forget_weight_norms()
+        self._norms.forget()
         return super()._apply(fn, recurse)
 
 

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from qlora_native.nn.held_merge import HeldMerge
+from qlora_native.ops.dora import row_gains
 
 
 class MergingLayer(HeldMerge):
@@ -43,9 +44,8 @@ class MergingLayer(HeldMerge):
             update = self.weight_update(name)
             weight += update
             if name in self.lora_variant:
-                norms = torch.linalg.vector_norm(base + update, dim=1)
-                magnitude = self.lora_magnitude_vector[name].weight.float()
-                weight *= (magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None]
+                magnitude = self.lora_magnitude_vector[name].weight
+                weight *= row_gains(magnitude, base + update)[:, None]
         return weight
 
     def weight_update(self, name: str) -> Tensor:

@@ -54,6 +54,18 @@ def test_a_new_adapter_starts_at_the_base():
     assert_near(logits(model, tokens()), before)
 
 
+def test_a_row_of_zeros_merges_to_zeros_whatever_the_magnitude():
+    nf4, _ = twins()
+    model = with_adapter(nf4, lora(use_dora=True))
+    layer = layers(model)[0]
+    layer.lora_magnitude_vector["default"].weight.data.fill_(5.0)
+    layer.lora_B["default"].weight.data[3] = 0
+    layer.base_layer.weight.data[3] = 0x77  # the code of 0
+    merged = layer.merged_weight("default")
+    assert (merged[3] == 0).all()
+    assert merged.isfinite().all()
+
+
 def test_with_dropout_evaluation_is_the_same_and_training_has_the_mean_of_many_masks():
     ours, theirs = peft_twins(lora(use_dora=True, lora_dropout=0.5, target_modules=["q_proj"]))
     assert_near(logits(ours.eval(), tokens()), logits(theirs.eval(), tokens()))
@@ -89,6 +101,15 @@ def test_the_norms_of_the_base_are_kept_and_forgotten_with_it():
     assert not torch.equal(logits(other, tokens()), wanted)
     other.load_state_dict(ours.state_dict())
     assert torch.equal(logits(other, tokens()), wanted)
+
+    # So has one that is loaded into the base alone, or written in place.
+    base = layer.base_layer
+    stored = {name: value.clone() for name, value in base.state_dict().items()}
+    with torch.no_grad():
+        base.weight.fill_(0x11)
+    assert_near(layer.weight_norms_squared, base.dequantize().square().sum(1))
+    base.load_state_dict(stored)
+    assert torch.equal(layer.weight_norms_squared, norms)
 
     ours.to(torch.bfloat16).to(torch.float32)
     assert layer.weight_norms_squared.dtype == torch.float32
