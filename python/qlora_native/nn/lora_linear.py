@@ -1,7 +1,7 @@
 """LoRALinear: a frozen linear layer and the low-rank updates that are trained beside it."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -233,30 +233,13 @@ class LoRALinear(HeldMerge, RoutedLayer):
         adapters = {name: self._adapter(name) for name in dict.fromkeys(names)}
         found = {name: adapter for name, adapter in adapters.items() if adapter is not None}
         if any(adapter.use_dora for adapter in found.values()):
-            return self._forward_of_batch_with_dora(base, x, names, found)
+            # Each DoRA scales the base's product in its own way: a run of one name at a time.
+            runs = [(name, sum(1 for _ in run)) for name, run in groupby(names)]
+            parts = x.split([length for _, length in runs])
+            pairs = zip(parts, runs, strict=True)
+            return torch.cat([self._forward_of(part, name) for part, (name, _) in pairs])
         factors = {name: self._factors(adapter, x) for name, adapter in found.items()}
         return lora_forward(base, x, groups_of_batch(names, x, factors))
-
-    def _forward_of_batch_with_dora(
-        self, base: Any, x: Tensor, names: Sequence[str], adapters: Mapping[str, LoRAAdapter]
-    ) -> Tensor:
-        """A run of one name at a time, for each DoRA scales the base's product in its own way."""
-        parts = []
-        begin = 0
-        for name, run in groupby(names):
-            end = begin + sum(1 for _ in run)
-            part, adapter = x[begin:end], adapters.get(name)
-            if adapter is None:
-                parts.append(base(part))
-            elif adapter.use_dora:
-                factors = self._factors(adapter, part)
-                norms = self._weight_norm_squared()
-                parts.append(dora_forward(base, part, factors, adapter.magnitude, norms))
-            else:
-                group = LoRAGroup(0, math.prod(part.shape[:-1]), self._factors(adapter, part))
-                parts.append(lora_forward(base, part, [group]))
-            begin = end
-        return torch.cat(parts) if parts else base(x)
 
     def _adapter(self, name: str) -> Any:
         return self._modules["adapters"]._modules.get(name)

@@ -158,6 +158,23 @@ class NF4LoraLinear(RoutedLayer, MergingLayer, Linear):
         """The names of the adapters."""
         return self.lora_A.keys()
 
+    def check_active_in_force(self, operation: str) -> None:
+        """Raise ValueError if `set_lora` has put others in force than PEFT's active adapters."""
+        names = self.routing.names
+        if names == _DISABLED:
+            names = self._names_when_enabled
+        if names != self._active_names and [names] != self.active_adapters:
+            raise ValueError(
+                f"{operation}: PEFT's active adapters are {self.active_adapters}, but set_lora has "
+                f"put {names!r} in force; say which to merge, or call set_adapter first"
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """See `MergingLayer.merge`. ValueError where it is not clear which adapters are meant."""
+        if adapter_names is None:
+            self.check_active_in_force("merge")
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
     # ---- forward
 
     def forward(

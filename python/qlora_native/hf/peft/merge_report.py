@@ -39,6 +39,10 @@ def merge_peft_model(
             + ", ".join(map(repr, sorted(model.peft_config)))
         )
     layers = dict(_layers(model.base_model.model))
+    if names is None:
+        for layer in layers.values():
+            if isinstance(layer, NF4LoraLinear):
+                layer.check_active_in_force("merge_lora")
     for place, layer in layers.items():
         _check(place, layer, chosen)
     dtype = dense_dtype(model)

@@ -1,5 +1,7 @@
 """Several adapters on one NF4 base, and adapters that are merged into it, against PEFT's own."""
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,7 +27,7 @@ from peft_models import (
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from qlora_native import NF4Linear, set_lora
+from qlora_native import NF4Linear, merge_lora, set_lora
 from qlora_native.hf.peft import NF4LoraLinear
 
 
@@ -320,6 +322,28 @@ def test_a_merged_model_refuses_adapter_names_and_set_lora():
     set_lora(model, "other")
     with pytest.raises(ValueError, match=r"'other' in force.*merged; call unmerge_adapter"):
         model(input_ids=tokens())
+
+
+def test_a_merge_does_not_guess_between_set_lora_and_set_adapter():
+    model, _ = two_adapters()
+    set_lora(model.eval(), "other")
+    wanted, before = logits(model, tokens()), anatomy(model)
+    for merge in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        functools.partial(merge_lora, model),
+    ):
+        with pytest.raises(
+            ValueError, match=r"active adapters are \['default'\].*'other' in force"
+        ):
+            merge()
+        assert_untouched(model, before)
+    model.merge_adapter(adapter_names=["other"])
+    model.unmerge_adapter()
+    set_lora(model, "default")  # which is the active one
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_near(logits(model.merge_and_unload(adapter_names=["other"]), tokens()), wanted)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
