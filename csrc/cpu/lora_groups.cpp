@@ -228,8 +228,8 @@ class GradientSums {
 };
 
 void write_zeros(const TensorView& tensor) {
-  std::memset(tensor.data, 0,
-              static_cast<std::size_t>(tensor.numel() * element_bytes(tensor.dtype)));
+  std::fill_n(tensor.as<std::uint8_t>(), tensor.numel() * element_bytes(tensor.dtype),
+              std::uint8_t{0});
 }
 
 }  // namespace

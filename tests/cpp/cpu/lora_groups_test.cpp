@@ -1,5 +1,6 @@
 // lora_forward_grouped and lora_backward_grouped give the bits of lora_forward, lora_backward and
 // dropout, which have tests against fp64 of their own, called for one group after another.
+#include <algorithm>
 #include <cstring>
 
 #include "core/operations.h"
@@ -40,7 +41,7 @@ const std::vector<Case> cases = {
     {"overlapping", {4, 6, 16}, {{0, 40, 0}, {20, m, 1}, {0, m, 2}, {3, 5, 0}}},
     {"repeated", {4, 9}, {{0, 3, 0}, {3, 4, 1}, {4, 30, 0}, {30, 31, 1}, {50, m, 0}}},
     {"dropped", {4, 9, 3}, {{0, 3, 0, 0.5}, {3, 40, 1, 0.1}, {40, m, 2}, {2, 50, 0, 0.9}}},
-    {"of rank 0", {0, 4}, {{0, 3, 0}, {3, 6, 1}}},
+    {"of rank 0", {0, 4, 0}, {{0, 3, 0}, {3, 6, 1}}},
 };
 
 /// The parameters: dtype of x, dtype of the factors.
@@ -109,7 +110,7 @@ HostTensor dropped(const LoRAGroup& group, const TensorView& rows) {
   if (group.p > 0.0) {
     dropout(rows, group.p, group.seed, out.view(), {});
   } else {
-    std::memcpy(out.bytes().data(), rows.data, out.bytes().size());
+    std::copy_n(rows.as<std::uint8_t>(), out.bytes().size(), out.bytes().begin());
   }
   return out;
 }
