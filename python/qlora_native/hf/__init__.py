@@ -39,7 +39,7 @@ if _has("transformers") and _has("peft"):  # which cannot be imported without it
         from qlora_native.hf.peft import install as _install_peft_layers
     except ImportError as error:
         raise ImportError(
-            f"qlora_native.hf needs peft 0.18 or newer, and what is installed is another: {error}",
+            f"qlora_native.hf needs peft 0.21 or newer, and what is installed is another: {error}",
             name=error.name,
         ) from error
     _install_peft_layers()
