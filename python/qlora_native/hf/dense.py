@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_native.hf.training import restore_norms
 from qlora_native.nn.dense import dense_dtype
 
 # What transformers keeps on a quantised model, and on its config.
@@ -17,8 +18,8 @@ def forget_quantization(model: nn.Module) -> nn.Module:
     The quantiser, its config (in sub-configs too) and the flags `is_quantized`,
     `quantization_method` and `_is_quantized` go. Of the conversions of weights by which saving
     would undo what loading did, those of the quantiser go and those of the model's class come back.
-    The config's dtype becomes the dtype of the weights. The layers must be dense already;
-    `dequantize_layers` makes them so.
+    Norms that `prepare_model` has cast to fp32 get their dtype back. The config's dtype becomes the
+    dtype of the weights. The layers must be dense already; `dequantize_layers` makes them so.
 
     Args:
         model: a PreTrainedModel, or any module that holds some. A plain module is left as it is.
@@ -41,6 +42,7 @@ def forget_quantization(model: nn.Module) -> nn.Module:
         conversions = vars(module).get("_weight_conversions")
         if conversions:
             module._weight_conversions = [c for c in conversions if not _is_quantizers(c)]
+    restore_norms(model)
     if getattr(getattr(model, "config", None), "dtype", None) is not None:
         model.config.dtype = dense_dtype(model)
     return model

@@ -96,6 +96,20 @@ def _compute_in_fp32(norm: nn.Module) -> None:
         norm.register_forward_hook(_to_dtype_of_result)
 
 
+def restore_norms(model: nn.Module) -> None:
+    """Give the norms that `prepare_model` has cast their dtype back, for a model that is merged."""
+    for norm in model.modules():
+        result = norm._buffers.get(_RESULT)
+        if result is None:
+            continue
+        delattr(norm, _RESULT)
+        for hooks in (norm._forward_pre_hooks, norm._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in (_to_dtype_of_weight, _to_dtype_of_result):
+                    del hooks[key]
+        norm.to(result.dtype)
+
+
 def _to_dtype_of_weight(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A forward pre-hook: 16-bit tensors among its positional arguments become fp32.
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from qlora_native import NF4Linear, add_lora, quantize_model
+from qlora_native import NF4Linear, add_lora, merge_lora, quantize_model
 from qlora_native.hf import prepare_model
 from support import Model, same_bits
 
@@ -191,3 +191,30 @@ def test_a_model_that_cannot_checkpoint_is_refused_and_left():
     prepare_model(model, gradient_checkpointing=False)
     assert not model.embed.weight.requires_grad
     assert any(isinstance(module, NF4Linear) for module in model.modules())
+
+
+def merged_by_peft(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules="all-linear")
+    ).merge_and_unload()
+
+
+def merged_natively(model):
+    return merge_lora(with_lora(model)).model
+
+
+def dequantized(model):
+    return model.dequantize()
+
+
+@pytest.mark.parametrize("make_dense", [merged_by_peft, merged_natively, dequantized])
+def test_a_dense_model_has_its_norms_back(make_dense):
+    dense = make_dense(prepare_model(make_llama()))
+    assert set(dtypes(dense).values()) == {torch.bfloat16}
+    norms = [module for module in dense.modules() if "Norm" in type(module).__name__]
+    assert norms
+    assert not any(norm._forward_hooks or norm._forward_pre_hooks for norm in norms)
+    assert not any(list(norm.buffers()) for norm in norms)
+    with torch.no_grad():
+        assert dense(input_ids=TOKENS).logits.dtype == torch.bfloat16
