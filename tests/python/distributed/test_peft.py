@@ -39,20 +39,24 @@ def llama(tmp_path_factory) -> str:
     return str(folder)
 
 
-def load_model(folder: str) -> nn.Module:
+def load_model(folder: str, **options) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     from qlora_native.hf import NF4Config
 
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config(), **options)
 
 
-def make_peft_model(folder: str, **settings) -> nn.Module:
+def make_peft_model(folder: str, is_prepared: bool = False, **settings) -> nn.Module:
     """A 4-bit Llama with an adapter that does something, the same one each time."""
     from peft import LoraConfig, get_peft_model
 
+    from qlora_native.hf import prepare_model
+
     settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
     model = load_model(folder)
+    if is_prepared:
+        model = prepare_model(load_model(folder, dtype=torch.bfloat16))
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).train()
 
@@ -152,6 +156,22 @@ def test_ranks_train_and_save_as_one_process(
     if is_sharded:
         request.getfixturevalue("sharding_ranks")
     ranks.run(train_both_ways, llama, str(tmp_path), is_sharded, settings, kind)
+
+
+def train_prepared(folder: str, is_sharded: bool) -> None:
+    single, model = (make_peft_model(folder, is_prepared=True) for _ in range(2))
+    called = shard(model) if is_sharded else DistributedDataParallel(model)
+    same = [tokens(step, 0) for step in range(2)]
+    logits, expected = train(called, same), train(single, same)
+    assert all(map(same_bits, logits, expected))
+    assert_same_parameters(model, single)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_a_prepared_model_trains_as_in_one_process(request, ranks, llama, is_sharded):
+    if is_sharded:
+        request.getfixturevalue("sharding_ranks")
+    ranks.run(train_prepared, llama, is_sharded)
 
 
 def load_in_parts(folder: str, sizes: dict[str, int]) -> None:
