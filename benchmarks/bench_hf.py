@@ -56,14 +56,7 @@ def main() -> None:
         print(f"[{i}/{len(works)}] {work.name} ...", file=sys.stderr, flush=True)
         rows.append(run_work(work, None, str(header["isa"]), arguments.seconds, arguments.settle))
         print(" | ".join(report.cells(rows[-1], arguments.goals)), flush=True)
-    header["others_share_of_cpu"] = round(others.share(), 4)
-    print(f"\n{report.markdown(header, rows, arguments.goals)}")
-    if others.share() > 0.03:
-        print(f"WARNING: others used {others.share():.0%} of the processor meanwhile.")
-    if arguments.json:
-        report.write_json(arguments.json, header, rows)
-    if arguments.goals and any(not verdict.met for row in rows for verdict in row.verdicts):
-        sys.exit(1)
+    report.finish(header, rows, others, arguments.goals, arguments.json)
 
 
 if __name__ == "__main__":

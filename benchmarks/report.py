@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import subprocess
+import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,24 @@ def describe_run(limits: Limits | None = None, **more: object) -> dict[str, obje
         "limits": None if limits is None else asdict(limits),
         **more,
     }
+
+
+def finish(
+    header: dict[str, object],
+    rows: list[Row],
+    others: machine.OthersCpu,
+    goals: bool,
+    json_path: Path | None,
+) -> None:
+    """Print a run's table and write its JSON; exit with 1 if goals are asked for and one missed."""
+    header["others_share_of_cpu"] = round(others.share(), 4)
+    print(f"\n{markdown(header, rows, goals)}")
+    if others.share() > 0.03:
+        print(f"WARNING: others used {others.share():.0%} of the processor meanwhile.")
+    if json_path is not None:
+        write_json(json_path, header, rows)
+    if goals and any(not verdict.met for row in rows for verdict in row.verdicts):
+        sys.exit(1)
 
 
 def write_json(path: Path, header: dict[str, object], rows: list[Row]) -> None:

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from qlora_native.cli.errors import CommandError
-from qlora_native.cli.training import progress_bar
+from qlora_native.cli.training import progress_bar, shown_on
 from qlora_native.hf.bitsandbytes import convert_checkpoint
 
 
@@ -13,18 +13,12 @@ def run(args: argparse.Namespace) -> None:
     """The whole of the command."""
     try:
         with progress_bar(0, "converting", unit="layer") as bar:
-
-            def show(_: int, total: int, name: str) -> None:
-                bar.total = total
-                bar.set_postfix_str(name, refresh=False)
-                bar.update()
-
             form = convert_checkpoint(
                 args.source,
                 args.destination,
                 args.to,
                 quant_storage=getattr(torch, args.quant_storage),
-                progress=show,
+                progress=shown_on(bar),
             )
     except (OSError, ValueError, NotImplementedError) as error:
         raise CommandError(str(error)) from error

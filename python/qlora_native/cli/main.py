@@ -1,6 +1,7 @@
 """Entry point: `qlora-native demo | train | merge | convert | info`."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "save it, load it and merge it; every figure is measured on the way.",
     )
     arguments.add_demo_arguments(demo)
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run=run_module)
 
     train = commands.add_parser(
         "train",
@@ -51,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         "of a JSONL file, and save the adapter in PEFT's format.",
     )
     arguments.add_train_arguments(train)
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=run_module)
 
     merge = commands.add_parser(
         "merge",
@@ -61,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         "one tensor.",
     )
     arguments.add_merge_arguments(merge)
-    merge.set_defaults(run=run_merge)
+    merge.set_defaults(run=run_module)
 
     convert = commands.add_parser(
         "convert",
@@ -70,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Codes and scales are the same in both: nothing is quantised and nothing is lost.",
     )
     arguments.add_convert_arguments(convert)
-    convert.set_defaults(run=run_convert)
+    convert.set_defaults(run=run_module)
 
     info = commands.add_parser("info", help="what this build has, and what it uses here")
     info.set_defaults(run=run_info)
@@ -97,40 +98,13 @@ def run_info(_: argparse.Namespace) -> None:
         print(f"{name:{width}}  {value}")
 
 
-def run_demo(args: argparse.Namespace) -> None:
-    """The sub-command `demo`; its imports cost seconds, so they wait until they are needed."""
+def run_module(args: argparse.Namespace) -> None:
+    """`cli/<command>.py`, whose imports cost seconds and so wait until they are needed."""
     try:
-        from qlora_native.cli import demo
+        module = importlib.import_module(f"qlora_native.cli.{args.command}")
     except ImportError as error:
         raise _explain_import(error) from error
-    demo.run(args)
-
-
-def run_train(args: argparse.Namespace) -> None:
-    """The sub-command `train`."""
-    try:
-        from qlora_native.cli import train
-    except ImportError as error:
-        raise _explain_import(error) from error
-    train.run(args)
-
-
-def run_merge(args: argparse.Namespace) -> None:
-    """The sub-command `merge`."""
-    try:
-        from qlora_native.cli import merge
-    except ImportError as error:
-        raise _explain_import(error) from error
-    merge.run(args)
-
-
-def run_convert(args: argparse.Namespace) -> None:
-    """The sub-command `convert`."""
-    try:
-        from qlora_native.cli import convert
-    except ImportError as error:
-        raise _explain_import(error) from error
-    convert.run(args)
+    module.run(args)
 
 
 def _explain_import(error: ImportError) -> Exception:

@@ -6,7 +6,7 @@ import json
 import torch
 
 from qlora_native.cli.errors import CommandError
-from qlora_native.cli.training import progress_bar
+from qlora_native.cli.training import progress_bar, shown_on
 from qlora_native.hf import NF4Config, merge_into_checkpoint
 
 
@@ -16,19 +16,13 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"--report {args.report}: no such directory")
     try:
         with progress_bar(0, "merging", unit="tensor") as bar:
-
-            def show(_: int, total: int, name: str) -> None:
-                bar.total = total
-                bar.set_postfix_str(name, refresh=False)
-                bar.update()
-
             report = merge_into_checkpoint(
                 args.adapter,
                 args.model,
                 args.output,
                 dtype=None if args.dtype is None else getattr(torch, args.dtype),
                 trained_beside=_base_of(args),
-                progress=show,
+                progress=shown_on(bar),
             )
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error

@@ -16,7 +16,7 @@ from qlora_native.cli.batches import shuffled_batches
 from qlora_native.cli.dataset import Columns, read_examples
 from qlora_native.cli.devices import choose_device
 from qlora_native.cli.errors import CommandError, make_output_folder
-from qlora_native.cli.training import TrainingRun, progress_bar, train_model
+from qlora_native.cli.training import TrainingRun, progress_bar, shown_on, train_model
 from qlora_native.hf import adapter_files, save_lora
 
 OPTIMIZERS = {"paged_adamw": PagedAdamW, "paged_adamw8bit": PagedAdamW8bit}
@@ -100,13 +100,7 @@ def _load(auto_class: Any, name: str, **settings: Any) -> Any:
 def _quantize_and_add_lora(model: torch.nn.Module, args: argparse.Namespace) -> None:
     try:
         with progress_bar(0, "quantising", unit="layer") as bar:
-
-            def show(_: int, total: int, name: str) -> None:
-                bar.total = total
-                bar.set_postfix_str(name, refresh=False)
-                bar.update()
-
-            quantize_model(model, progress=show)
+            quantize_model(model, progress=shown_on(bar))
         add_lora(model, r=args.r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
     except ValueError as error:
         raise CommandError(str(error)) from error

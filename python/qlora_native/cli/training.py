@@ -163,6 +163,17 @@ def progress_bar(total: int, description: str, unit: str = "step") -> "tqdm[None
     return tqdm(total=total, desc=description, unit=unit, mininterval=interval, ncols=110)
 
 
+def shown_on(bar: "tqdm[None]") -> Callable[[int, int, str], None]:
+    """A `progress` of this library's functions: called with (done, in all, name) it moves `bar`."""
+
+    def show(_: int, total: int, name: str) -> None:
+        bar.total = total
+        bar.set_postfix_str(name, refresh=False)
+        bar.update()
+
+    return show
+
+
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """The memory that the elements of `tensors` take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -16,6 +16,10 @@ from qlora_native.hf.safetensors_files import SafetensorsReader, TensorSpec
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
+    *(".onnx_data", ".index.json"),
+)
 
 
 class CheckpointFolder:
@@ -132,6 +136,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(filling)
         raise
+
+
+def copy_others(original: Path, filling: Path) -> None:
+    """All that is no weights and not written yet, with what links point at."""
+    for path in sorted(original.rglob("*")):
+        relative = path.relative_to(original)
+        target = filling / relative
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        is_weights = path.name.endswith(_WEIGHT_SUFFIXES)
+        if path.is_file() and not (is_hidden or is_weights or target.exists()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

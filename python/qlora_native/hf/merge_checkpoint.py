@@ -1,6 +1,5 @@
 """An adapter into the original checkpoint, tensor by tensor."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from qlora_native.hf.checkpoint_folder import (
     CONFIG_FILE,
     INDEX_FILE,
     CheckpointFolder,
+    copy_others,
     new_folder,
     write_json,
 )
@@ -29,12 +29,6 @@ from qlora_native.nn import LoRAAdapter
 from qlora_native.nn.dense import check_dtype
 from qlora_native.nn.merge_report import LayerMerge, MergeReport, check_finite, measure_layer
 from qlora_native.nn.model import Progress
-
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
-    *(".onnx_data", ".index.json"),
-)
-
 
 _DEFAULT_BASE = NF4Config()
 
@@ -93,7 +87,7 @@ def merge_into_checkpoint(
         merge = _Merge(folder, targets, dtype, trained_beside, progress)
         with new_folder(output) as filling:
             merge.write(filling)
-            _copy_others(original, filling)
+            copy_others(original, filling)
     return merge.report()
 
 
@@ -237,15 +231,3 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if "torch_dtype" not in changed:
         changed["dtype"] = dtype
     return changed
-
-
-def _copy_others(original: Path, filling: Path) -> None:
-    """All that is no weights and not written yet, with what links point at."""
-    for path in sorted(original.rglob("*")):
-        relative = path.relative_to(original)
-        target = filling / relative
-        is_hidden = any(part.startswith(".") for part in relative.parts)
-        is_weights = path.name.endswith(_WEIGHT_SUFFIXES)
-        if path.is_file() and not (is_hidden or is_weights or target.exists()):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)

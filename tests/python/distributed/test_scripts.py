@@ -19,10 +19,7 @@ PROGRAMS = {
     "accelerate": ["accelerate.commands.accelerate_cli"],
 }
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PAGE.is_file(), reason=f"there is no {PAGE}"),
-]
+pytestmark = pytest.mark.slow
 
 # accelerate shards on GPUs alone. This makes it take the two CPU processes for such.
 ON_CPU = """

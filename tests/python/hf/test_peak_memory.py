@@ -7,7 +7,6 @@ mappings of their own there, so that freed memory is returned and not counted.
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from support import run_python
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 512}
 LLAMA = LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=4, **SIZES)

@@ -1,7 +1,6 @@
 """A 4-bit checkpoint of this library's made one of bitsandbytes', or the other way round."""
 
 import copy
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from qlora_native.hf.checkpoint_folder import (
     CONFIG_FILE,
     INDEX_FILE,
     CheckpointFolder,
+    copy_others,
     new_folder,
     write_json,
 )
@@ -72,7 +72,7 @@ def convert_checkpoint(
             config = copy.deepcopy(folder.config)
             _holder(config)["quantization_config"] = conversion.quantization_config()
             write_json(filling / CONFIG_FILE, config)
-            _copy_others(folder, filling)
+            copy_others(folder.path, filling)
     return conversion.form
 
 
@@ -133,15 +133,3 @@ def _write_weights(
         metadata = {**folder.index.get("metadata", {}), "total_size": total_size}
         index = {**folder.index, "metadata": metadata, "weight_map": file_of}
         write_json(filling / INDEX_FILE, index)
-
-
-def _copy_others(folder: CheckpointFolder, filling: Path) -> None:
-    """All that was not written, with what links point at."""
-    for path in folder.path.iterdir():
-        target = filling / path.name
-        if target.exists():
-            continue
-        if path.is_dir():
-            shutil.copytree(path, target)
-        else:
-            shutil.copy(path, target)
