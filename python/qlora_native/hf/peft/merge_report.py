@@ -58,6 +58,7 @@ def merge_peft_model(
                 measured[place] = _measure_nf4(place, layer, chosen, dtype)
             elif sums := _dense_sums(layer, chosen):
                 measured[place], pending[place] = None, sums
+        notes = [note for place in pending if (note := _note_on_tie(model, place, layers[place]))]
         with _dense_weights_restored_on_error(layers, pending):
             merged: nn.Module = model.base_model.merge_and_unload(adapter_names=chosen)
             for place, (base, exact) in pending.items():
@@ -66,13 +67,14 @@ def merge_peft_model(
             outputs = None
             if batch is not None and before is not None:
                 outputs = compare_outputs(merged, batch, before, logits_on(merged, batch))
-    left_out = [place for place in layers if place not in measured]
+    if left_out := [place for place in layers if place not in measured]:
+        notes.append(f"merged by PEFT and not measured: {', '.join(left_out)}")
     return MergeReport(
         into=str(dtype).removeprefix("torch."),
         base="the weights that the updates were trained beside",
         layers=tuple(layer for layer in measured.values() if layer is not None),
         outputs=outputs,
-        notes=(f"merged by PEFT and not measured: {', '.join(left_out)}",) if left_out else (),
+        notes=tuple(notes),
         model=merged,
     )
 
@@ -100,6 +102,20 @@ def _check(place: str, layer: Any, names: Sequence[str]) -> None:
     for parameter_name, parameter in layer.named_parameters():
         if set(parameter_name.split(".")) & set(names) and parameter_name.startswith("lora_"):
             check_finite("merge_lora", place, parameter_name, parameter)
+
+
+def _note_on_tie(model: nn.Module, place: str, layer: Any) -> str | None:
+    """What a merge by PEFT, which adds to the weight where it lies, does to a tied one."""
+    base = layer.get_base_layer()
+    inside = set(base.parameters())
+    others = [
+        name
+        for name, module in model.base_model.model.named_modules()
+        if module is not base and inside & set(module.parameters(recurse=False))
+    ]
+    if not others:
+        return None
+    return f"{place} is tied to {', '.join(others)}: PEFT merges the update into both"
 
 
 @torch.no_grad()

@@ -127,3 +127,15 @@ def test_what_pefts_merge_cannot_do_is_refused():
     )
     with pytest.raises(ValueError, match="of PEFT has no merge"):
         merge_lora(tuned)
+
+
+def test_an_update_of_a_tied_head_is_noted():
+    model = twins()[0]
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model = with_adapter(model, lora(target_modules=["lm_head", "q_proj"]))
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    report = merge_lora(model)
+    assert not torch.equal(report.model.get_input_embeddings().weight, embedding)
+    assert report.notes == (
+        "lm_head is tied to model.embed_tokens: PEFT merges the update into both",
+    )
