@@ -38,7 +38,7 @@ function(qlora_add_cpu_sets target)
       COMPILE_OPTIONS "--param=asan-instrumentation-with-call-threshold=0")
   endif()
   qlora_add_cpu_set(${target} avx2
-    csrc/cpu/avx2/adamw.cpp
+    csrc/cpu/avx2/optimizer.cpp
     csrc/cpu/avx2/dora.cpp
     csrc/cpu/avx2/dropout.cpp
     csrc/cpu/avx2/kernels.cpp
@@ -46,7 +46,7 @@ function(qlora_add_cpu_sets target)
     csrc/cpu/avx2/nf4_codec.cpp
     csrc/cpu/avx2/nf4_linear.cpp)
   qlora_add_cpu_set(${target} avx512
-    csrc/cpu/avx512/adamw.cpp
+    csrc/cpu/avx512/optimizer.cpp
     csrc/cpu/avx512/dora.cpp
     csrc/cpu/avx512/dropout.cpp
     csrc/cpu/avx512/kernels.cpp

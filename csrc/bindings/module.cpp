@@ -76,6 +76,6 @@ PYBIND11_MODULE(_core, module) {
   qlora::register_nf4_codec(module);
   qlora::register_linear(module);
   qlora::register_lora(module);
-  qlora::register_adamw(module);
+  qlora::register_optimizer(module);
   qlora::register_paged_buffer(module);
 }

@@ -32,7 +32,7 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 void register_nf4_codec(py::module_& module);
 void register_linear(py::module_& module);
 void register_lora(py::module_& module);
-void register_adamw(py::module_& module);
+void register_optimizer(py::module_& module);
 void register_paged_buffer(py::module_& module);
 
 }  // namespace qlora

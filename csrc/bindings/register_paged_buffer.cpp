@@ -4,79 +4,39 @@
 #include <pybind11/stl.h>
 
 #include "bindings/dlpack_export.h"
+#include "bindings/paged_memory.h"
 #include "bindings/register.h"
-#include "core/paged_buffer.h"
 
 namespace qlora {
-namespace {
 
-using SharedBuffer = std::shared_ptr<PagedBuffer>;
-
-/// Ends a buffer without the GIL: it waits for the device, and other threads need not. The last
-/// owner may be a tensor, which also a thread of torch's that never had the GIL lets go.
-struct DeleteWithoutGil {
-  void operator()(PagedBuffer* buffer) const {
-    std::optional<py::gil_scoped_release> no_gil;
-    if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
-    delete buffer;
-  }
-};
-
-/// A piece of a buffer's memory, which torch.from_dlpack makes a tensor of bytes. The piece, and the
-/// tensor, keep the buffer.
-struct PagedMemory {
-  SharedBuffer buffer;
-  std::byte* memory;
-  std::int64_t bytes;
-  Device device;  // whose address `memory` is
-};
-
-Device parse_device(const std::string& text) {
+Device parse_device(const char* operation, const std::string& text) {
   if (text == "cpu") return {DeviceType::cpu, 0};
   const std::string prefix = "cuda:", digits = "0123456789";
   const bool is_indexed = text.starts_with(prefix) && text.size() > prefix.size() &&
                           text.size() < prefix.size() + 4 &&
                           text.find_first_not_of(digits, prefix.size()) == std::string::npos;
-  check(is_indexed, "PagedBuffer: device is '", text,
+  check(is_indexed, operation, ": device is '", text,
         "', want cpu or cuda:N; which device is the current one, torch alone knows");
   return {DeviceType::cuda, std::stoi(text.substr(prefix.size()))};
 }
 
-PagingStrategy parse_strategy(const std::string& text) {
-  for (const PagingStrategy strategy : {PagingStrategy::automatic, PagingStrategy::ordinary,
-                                        PagingStrategy::managed, PagingStrategy::pinned}) {
+PagingStrategy parse_strategy(const char* operation, const std::string& text) {
+  for (const PagingStrategy strategy :
+       {PagingStrategy::automatic, PagingStrategy::ordinary, PagingStrategy::file,
+        PagingStrategy::managed, PagingStrategy::pinned}) {
     if (text == message(strategy)) return strategy;
   }
-  throw InvalidArgument(message("PagedBuffer: strategy is '", text,
-                                "', want automatic, ordinary, managed or pinned"));
+  throw InvalidArgument(message(operation, ": strategy is '", text,
+                                "', want automatic, ordinary, file, managed or pinned"));
 }
 
-SharedBuffer make(const std::string& device, std::int64_t bytes, std::int64_t page_bytes,
-                  const std::string& strategy, std::optional<std::int64_t> resident_bytes) {
-  // Pinning memory takes a while. Here, and not by a call guard, under which pybind11 would note the
-  // new object without the GIL.
-  const py::gil_scoped_release no_gil;
-  auto buffer = make_paged_buffer(parse_device(device), {.bytes = bytes,
-                                                         .page_bytes = page_bytes,
-                                                         .strategy = parse_strategy(strategy),
-                                                         .resident_bytes = resident_bytes});
-  return SharedBuffer(buffer.release(), DeleteWithoutGil{});
-}
-
-Device device_of_data(const PagedBuffer& buffer) {
-  return buffer.is_addressable_by_device() ? buffer.device() : Device{};
-}
-
-PagedMemory memory_of(const SharedBuffer& buffer, std::int64_t offset, std::int64_t bytes) {
-  check(offset >= 0 && bytes >= 0 && bytes <= buffer->bytes() && offset <= buffer->bytes() - bytes,
-        "PagedBuffer.memory: the range is ", bytes, " bytes from ", offset,
-        " on, want a part of the ", buffer->bytes(), " bytes");
+PagedMemory memory_of(const std::shared_ptr<PagedBuffer>& buffer, const ByteRange& range) {
   std::byte* const data = buffer->data();
-  return {buffer, data == nullptr ? nullptr : data + offset, bytes, device_of_data(*buffer)};
+  return {buffer, data == nullptr ? nullptr : data + range.offset, range.bytes,
+          buffer->is_addressable_by_device() ? buffer->device() : Device{}};
 }
 
-py::dict report(const PagedBuffer& buffer) {
-  const PagedBufferReport report = buffer.report();
+py::dict report_of(const PagedBufferReport& report) {
   py::dict out;
   out["unknown_bytes"] = report.unknown_bytes;
   out["host_bytes"] = report.host_bytes;
@@ -84,6 +44,33 @@ py::dict report(const PagedBuffer& buffer) {
   out["moved_to_device_bytes"] = report.moved_to_device_bytes;
   out["moved_to_host_bytes"] = report.moved_to_host_bytes;
   return out;
+}
+
+namespace {
+
+using SharedBuffer = std::shared_ptr<PagedBuffer>;
+
+SharedBuffer make(const std::string& device, std::int64_t bytes, std::int64_t page_bytes,
+                  const std::string& strategy, std::optional<std::int64_t> resident_bytes,
+                  const std::optional<std::string>& page_file) {
+  // Pinning memory takes a while. Here, and not by a call guard, under which pybind11 would note the
+  // new object without the GIL.
+  const py::gil_scoped_release no_gil;
+  const char* const operation = "PagedBuffer";
+  auto buffer = make_paged_buffer(parse_device(operation, device),
+                                  {.bytes = bytes,
+                                   .page_bytes = page_bytes,
+                                   .strategy = parse_strategy(operation, strategy),
+                                   .resident_bytes = resident_bytes,
+                                   .page_file = page_file});
+  return SharedBuffer(buffer.release(), DeleteWithoutGil{});
+}
+
+PagedMemory checked_memory_of(const SharedBuffer& buffer, std::int64_t offset, std::int64_t bytes) {
+  check(offset >= 0 && bytes >= 0 && bytes <= buffer->bytes() && offset <= buffer->bytes() - bytes,
+        "PagedBuffer.memory: the range is ", bytes, " bytes from ", offset,
+        " on, want a part of the ", buffer->bytes(), " bytes");
+  return memory_of(buffer, {offset, bytes});
 }
 
 void* to_stream(std::uintptr_t stream) { return reinterpret_cast<void*>(stream); }
@@ -112,7 +99,8 @@ void register_paged_buffer(py::module_& module) {
   py::class_<PagedBuffer, SharedBuffer>(module, "PagedBuffer")
       .def(py::init(&make), py::arg("device"), py::arg("bytes"), py::kw_only(),
            py::arg("page_bytes") = PagedBufferOptions{}.page_bytes,
-           py::arg("strategy") = "automatic", py::arg("resident_bytes") = py::none())
+           py::arg("strategy") = "automatic", py::arg("resident_bytes") = py::none(),
+           py::arg("page_file") = py::none())
       .def_property_readonly("device",
                              [](const PagedBuffer& buffer) { return message(buffer.device()); })
       .def_property_readonly("strategy",
@@ -120,7 +108,7 @@ void register_paged_buffer(py::module_& module) {
       .def_property_readonly("bytes", &PagedBuffer::bytes)
       .def_property_readonly("page_bytes", &PagedBuffer::page_bytes)
       .def_property_readonly("page_count", &PagedBuffer::page_count)
-      .def("memory", &memory_of, py::arg("offset"), py::arg("bytes"))
+      .def("memory", &checked_memory_of, py::arg("offset"), py::arg("bytes"))
       .def(
           "begin",
           [](const SharedBuffer& buffer, std::int64_t page, std::uintptr_t stream) {
@@ -134,6 +122,12 @@ void register_paged_buffer(py::module_& module) {
             buffer.end(page, to_stream(stream));
           },
           py::arg("page"), py::arg("stream"), NoGil())
+      .def(
+          "make_resident",
+          [](PagedBuffer& buffer, std::uintptr_t stream) {
+            return buffer.make_resident(to_stream(stream));
+          },
+          py::arg("stream"), NoGil())
       .def(
           "join",
           [](PagedBuffer& buffer, std::uintptr_t stream) { buffer.join(to_stream(stream)); },
@@ -150,7 +144,7 @@ void register_paged_buffer(py::module_& module) {
             buffer.prefetch_to_host({offset, bytes}, to_stream(stream));
           },
           py::arg("offset"), py::arg("bytes"), py::arg("stream"), NoGil())
-      .def("report", &report);
+      .def("report", [](const PagedBuffer& buffer) { return report_of(buffer.report()); });
 }
 
 }  // namespace qlora

@@ -3,36 +3,12 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
-#include "format/host_device.h"
+#include "core/optimizer_numbers.h"
 
 namespace qlora {
 
-inline constexpr std::int64_t adamw8bit_block_size = 256;
-
-/// The numbers of one step. `step` counts from 1.
-struct AdamWNumbers {
-  double lr = 1e-3;
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double eps = 1e-8;
-  double weight_decay = 1e-2;
-  std::int64_t step = 1;
-  bool maximize = false;
-};
-
-/// base^exponent by repeated squaring: the same bits on every device, which pow does not promise.
-QLORA_HOST_DEVICE constexpr double integer_power(double base, std::int64_t exponent) {
-  double power = 1.0;
-  for (; exponent > 0; exponent /= 2) {
-    if (exponent % 2 != 0) power *= base;
-    base *= base;
-  }
-  return power;
-}
-
-/// What AdamWNumbers come to for every element, computed in fp64 and rounded once.
+/// What the numbers of a step come to for every element, computed in fp64 and rounded once.
 ///
 ///   g <- g / grad_scale                               a product with the rounded reciprocal
 ///   p <- p (1 - lr weight_decay)                      decoupled decay first
@@ -40,10 +16,12 @@ QLORA_HOST_DEVICE constexpr double integer_power(double base, std::int64_t expon
 ///   v <- beta2 v + (1 - beta2) g²
 ///   p <- p - lr / (1 - beta1^t) · m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 struct AdamWRule {
+  static constexpr int moment_count = 2;
+
   float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps;
   float grad_factor;
 
-  QLORA_HOST_DEVICE explicit AdamWRule(const AdamWNumbers& s, float grad_scale = 1.0f)
+  QLORA_HOST_DEVICE explicit AdamWRule(const OptimizerNumbers& s, float grad_scale = 1.0f)
       : decay(static_cast<float>(1.0 - s.lr * s.weight_decay)),
         one_minus_beta1(static_cast<float>(1.0 - s.beta1)),
         beta2(static_cast<float>(s.beta2)),

@@ -8,6 +8,7 @@
 
 #include "core/operations.h"
 #include "core/paged_buffer.h"
+#include "core/paged_state.h"
 
 namespace qlora {
 
@@ -40,10 +41,11 @@ class Backend {
                                    const ExecutionContext& context) const;
   virtual void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
                        const ExecutionContext& context) const;
-  virtual void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
-                          const ExecutionContext& context) const;
-  virtual void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
-                              const ExecutionContext& context) const;
+  virtual void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
+                              const OptimizerStep& step, const ExecutionContext& context) const;
+  virtual void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
+                                    const OptimizerStep& step,
+                                    const ExecutionContext& context) const;
   virtual std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
                                                          const PagedBufferOptions& options) const;
 

@@ -62,13 +62,13 @@ void Backend::dropout(const TensorView&, double, const TensorView&, const Tensor
                       const ExecutionContext&) const {
   refuse("dropout");
 }
-void Backend::adamw_step(std::span<const AdamWTensor>, const AdamWStep&,
-                         const ExecutionContext&) const {
-  refuse("adamw_step");
-}
-void Backend::adamw8bit_step(std::span<const AdamW8bitTensor>, const AdamWStep&,
+void Backend::optimizer_step(OptimizerRule, std::span<const OptimizerTensor>, const OptimizerStep&,
                              const ExecutionContext&) const {
-  refuse("adamw8bit_step");
+  refuse("optimizer_step");
+}
+void Backend::paged_optimizer_step(PagedState&, std::span<const PagedTensor>, const OptimizerStep&,
+                                   const ExecutionContext&) const {
+  refuse("paged_optimizer_step");
 }
 std::unique_ptr<PagedBuffer> Backend::make_paged_buffer(Device, const PagedBufferOptions&) const {
   refuse("make_paged_buffer");

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/backend.h"
+#include "core/stochastic_rounding.h"
 #include "core/validate.h"
 
 namespace qlora {
@@ -251,7 +252,7 @@ void dropout(const TensorView& x, double p, const TensorView& seed, const Tensor
 
 namespace {
 
-void validate_adamw_numbers(const char* operation, const AdamWNumbers& step) {
+void validate_optimizer_numbers(const char* operation, const OptimizerNumbers& step) {
   const auto at_least_zero = [&](double value, const char* argument) {
     check(std::isfinite(value) && value >= 0.0, operation, ": ", argument, " is ", value,
           ", want a finite number of at least 0");
@@ -274,61 +275,88 @@ void validate_device_number(const Validator& validate, const TensorView& number,
   validate.numel(number, argument, 1);
 }
 
-void validate_device_numbers(const Validator& validate, const AdamWStep& step) {
+void validate_device_numbers(const Validator& validate, const OptimizerStep& step) {
   validate_device_number(validate, step.lr_tensor, "lr_tensor");
   validate_device_number(validate, step.grad_scale, "grad_scale");
   validate_device_number(validate, step.found_inf, "found_inf");
 }
 
-void validate_param_and_grad(const Validator& validate, const TensorView& param,
-                             const TensorView& grad) {
+/// What a parameter has beside its state.
+void validate_parameter(const char* operation, const Validator& validate, const TensorView& param,
+                        const TensorView& grad, const TensorView& step_count, std::int64_t number,
+                        std::int64_t first_element, const OptimizerStep& step) {
   validate.float_dtype(param, "param");
   validate.float_dtype(grad, "grad");
   validate.shape(grad, "grad", param.shape);
+  validate_device_number(validate, step_count, "step_count");
+  check(first_element >= 0 && first_element % state_block_size == 0, operation,
+        ": first_element is ", first_element, ", want a multiple of ", state_block_size);
+  if (!step.rounding_seed) return;
+  check(param.dtype != DType::float16, operation,
+        ": param is float16, and stochastic rounding is for bfloat16 (float32 is not rounded)");
+  check(number >= 0 && number <= RoundingStream::max_number, operation, ": number is ", number,
+        ", want 0 to ", RoundingStream::max_number);
+}
+
+void validate_moment(const Validator& validate, std::int64_t count, bool is_8bit,
+                     const TensorView& moment, const char* moment_name, const TensorView& absmax,
+                     const char* absmax_name) {
+  validate.dtype(moment, moment_name, is_8bit ? DType::uint8 : DType::float32);
+  validate.numel(moment, moment_name, count);
+  if (!is_8bit) return;
+  validate.dtype(absmax, absmax_name, DType::float32);
+  validate.numel(absmax, absmax_name, ceil_divide(count, state_block_size));
 }
 
 }  // namespace
 
-void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
-                const ExecutionContext& context) {
-  validate_adamw_numbers("adamw_step", step);
+void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
+                    const OptimizerStep& step, const ExecutionContext& context) {
+  const bool is_8bit = !tensors.empty() && tensors.front().state.is_8bit();
+  const char* const operation = optimizer_step_name(rule, is_8bit);
+  validate_optimizer_numbers(operation, step);
   if (tensors.empty()) return;
   const Device device = tensors.front().param.device;
-  const Validator validate("adamw_step", device);
+  const Validator validate(operation, device);
   validate_device_numbers(validate, step);
-  for (const auto& [param, grad, exp_avg, exp_avg_sq, step_count] : tensors) {
-    validate_param_and_grad(validate, param, grad);
-    validate.dtype(exp_avg, "exp_avg", DType::float32);
-    validate.shape(exp_avg, "exp_avg", param.shape);
-    validate.dtype(exp_avg_sq, "exp_avg_sq", DType::float32);
-    validate.shape(exp_avg_sq, "exp_avg_sq", param.shape);
-    validate_device_number(validate, step_count, "step_count");
+  for (const OptimizerTensor& tensor : tensors) {
+    validate_parameter(operation, validate, tensor.param, tensor.grad, tensor.step_count,
+                       tensor.number, tensor.first_element, step);
+    const std::int64_t count = tensor.param.numel();
+    const OptimizerState& state = tensor.state;
+    validate_moment(validate, count, is_8bit, state.exp_avg, "exp_avg", state.exp_avg_absmax,
+                    "exp_avg_absmax");
+    if (rule == OptimizerRule::lion) continue;
+    validate_moment(validate, count, is_8bit, state.exp_avg_sq, "exp_avg_sq",
+                    state.exp_avg_sq_absmax, "exp_avg_sq_absmax");
   }
-  backend_for(device).adamw_step(tensors, step, context);
+  backend_for(device).optimizer_step(rule, tensors, step, context);
 }
 
-void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
-                    const ExecutionContext& context) {
-  validate_adamw_numbers("adamw8bit_step", step);
-  if (tensors.empty()) return;
-  const Device device = tensors.front().param.device;
-  const Validator validate("adamw8bit_step", device);
+void validate_paged_optimizer_step(const PagedState& state, std::span<const PagedTensor> tensors,
+                                   const OptimizerStep& step) {
+  const char* const operation = optimizer_step_name(state.rule(), state.is_8bit());
+  validate_optimizer_numbers(operation, step);
+  const Validator validate(operation, state.device());
   validate_device_numbers(validate, step);
-  for (const AdamW8bitTensor& tensor : tensors) {
-    validate_param_and_grad(validate, tensor.param, tensor.grad);
-    const std::int64_t block_count = ceil_divide(tensor.param.numel(), adamw8bit_block_size);
-    const auto validate_moment = [&](const TensorView& codes, const char* codes_name,
-                                     const TensorView& absmax, const char* absmax_name) {
-      validate.dtype(codes, codes_name, DType::uint8);
-      validate.numel(codes, codes_name, tensor.param.numel());
-      validate.dtype(absmax, absmax_name, DType::float32);
-      validate.numel(absmax, absmax_name, block_count);
-    };
-    validate_moment(tensor.exp_avg, "exp_avg", tensor.exp_avg_absmax, "exp_avg_absmax");
-    validate_moment(tensor.exp_avg_sq, "exp_avg_sq", tensor.exp_avg_sq_absmax, "exp_avg_sq_absmax");
-    validate_device_number(validate, tensor.step_count, "step_count");
+  std::int64_t begin = 0;  // of what the tensors before leave
+  for (const PagedTensor& tensor : tensors) {
+    validate_parameter(operation, validate, tensor.param, tensor.grad, tensor.step_count,
+                       tensor.number, tensor.first_element, step);
+    check(tensor.first_element >= begin, operation, ": first_element is ", tensor.first_element,
+          ", but the state before it goes on to element ", begin);
+    begin = tensor.first_element + tensor.param.numel();
+    check(begin <= state.elements() && tensor.first_element < state.elements(), operation,
+          ": the state of a param begins at element ", tensor.first_element, " and has ",
+          tensor.param.numel(), ", but the pages have ", state.elements());
   }
-  backend_for(device).adamw8bit_step(tensors, step, context);
+}
+
+void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
+                          const OptimizerStep& step, const ExecutionContext& context) {
+  validate_paged_optimizer_step(state, tensors, step);
+  if (tensors.empty()) return;
+  backend_for(state.device()).paged_optimizer_step(state, tensors, step, context);
 }
 
 }  // namespace qlora

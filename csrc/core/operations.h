@@ -20,10 +20,12 @@
 #include <cstdint>
 #include <span>
 
-#include "core/adamw_rule.h"
+#include "core/optimizer_numbers.h"
 #include "core/tensor_view.h"
 
 namespace qlora {
+
+class PagedState;  // core/paged_state.h
 
 /// Where and how wide an operation runs. CPU operations use up to `num_threads` threads and return
 /// when they are done; CUDA operations are queued on `stream` (a cudaStream_t).
@@ -194,45 +196,76 @@ void dora_scale_backward(const DoRAScaleBackward& arguments, const ExecutionCont
 void dropout(const TensorView& x, double p, const TensorView& seed, const TensorView& out,
              const ExecutionContext& context);
 
-// ---- AdamW
+// ---- optimisers
 
-/// The numbers of one step (core/adamw_rule.h), and those that may be in the memory of the
-/// parameters' device instead: each a float32 of one element, or absent. They are read when the step
-/// runs, without a synchronisation, and so their range is not checked.
-struct AdamWStep : AdamWNumbers {
-  TensorView lr_tensor;   // takes the place of `lr`
-  TensorView grad_scale;  // what the gradients were multiplied by, which is undone: a scale of the
-                          // loss, or a norm that is being clipped over its limit
-  TensorView found_inf;   // where it is not zero, the call does nothing
+/// How a parameter is updated: core/adamw_rule.h and core/lion_rule.h have the formulas.
+enum class OptimizerRule : std::uint8_t { adamw, lion };
+
+/// What messages call a step.
+constexpr const char* optimizer_step_name(OptimizerRule rule, bool is_8bit) {
+  if (rule == OptimizerRule::adamw) return is_8bit ? "adamw8bit_step" : "adamw_step";
+  return is_8bit ? "lion8bit_step" : "lion_step";
+}
+
+/// The numbers of one step, and those that may be in the memory of the parameters' device instead:
+/// each a float32 of one element, or absent. They are read when the step runs, without a
+/// synchronisation, and so their range is not checked.
+struct OptimizerStep : OptimizerNumbers {
+  TensorView lr_tensor{};  // takes the place of `lr`
+  TensorView
+      grad_scale{};        // what the gradients were multiplied by, which is undone: a scale of the
+                           // loss, or a norm that is being clipped over its limit
+  TensorView found_inf{};  // where it is not zero, the call does nothing
 };
 
-/// One parameter and its 32-bit state. param and grad: a float dtype each; the moments: float32;
-/// all of one size.
+/// Where the state of a parameter is. Of 32 bits: float32 moments of the parameter's size. Of 8 bits:
+/// uint8 codes of a dynamic map (first moment signed, second unsigned), one an element, and a float32
+/// absmax for each block of 256 (the last may be short). Lion has no second moment.
+struct OptimizerState {
+  TensorView exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax;
+
+  bool is_8bit() const { return exp_avg_absmax.is_present; }
+};
+
+/// One parameter, or a piece of it, and its state. param and grad: a float dtype each, of one size.
 ///
 /// `step_count` is absent, or a float32 of one element: the steps that the parameter has taken. It
-/// then takes the place of `step`, and the call adds one to it.
-struct AdamWTensor {
-  TensorView param, grad, exp_avg, exp_avg_sq;
+/// then takes the place of `step`, and the call adds one to it if `counts_step`.
+///
+/// `number` and `first_element`, a multiple of 256, say which parameter of an optimiser it is, and
+/// which part of it: stochastic rounding asks for both.
+struct OptimizerTensor {
+  TensorView param, grad;
+  OptimizerState state;
   TensorView step_count{};
+  bool counts_step = true;
+  std::int64_t number = 0;
+  std::int64_t first_element = 0;
 };
 
-/// One step of AdamW (core/adamw_rule.h has the formula) on a list of parameters, in one call. No
-/// two of the parameters share memory.
-void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
-                const ExecutionContext& context);
-
-/// One parameter and its 8-bit state: codes of a dynamic map (first moment signed, second
-/// unsigned), uint8, one an element, and one fp32 absmax for each block of 256 (the last may be
-/// short). `step_count` as in AdamWTensor.
-struct AdamW8bitTensor {
-  TensorView param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax;
-  TensorView step_count{};
-};
-
-/// adamw_step on 8-bit block-wise state: a block is decoded, stepped in fp32, and encoded again.
+/// One step on a list of parameters, in one call. No two of them share memory; all have state of
+/// one kind.
+///
+/// With 8-bit state (Dettmers et al. 2022) a block is decoded, stepped in fp32, and encoded again.
 /// The parameter sees the moments before they are encoded. A second moment that is not zero is never
 /// encoded as zero: eps alone in a denominator would make a step of thousands of times lr.
-void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
-                    const ExecutionContext& context);
+void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
+                    const OptimizerStep& step, const ExecutionContext& context);
+
+/// A parameter whose state is in pages, from `first_element` of them on: a multiple of 256.
+struct PagedTensor {
+  TensorView param, grad, step_count;
+  std::int64_t first_element = 0;
+  std::int64_t number = 0;
+};
+
+/// optimizer_step on state in pages, of those pages alone that the tensors have a part in. The bits
+/// are optimizer_step's. What can fail for want of memory is taken before the first page is touched.
+void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
+                          const OptimizerStep& step, const ExecutionContext& context);
+
+/// Throws what paged_optimizer_step would throw of its arguments.
+void validate_paged_optimizer_step(const PagedState& state, std::span<const PagedTensor> tensors,
+                                   const OptimizerStep& step);
 
 }  // namespace qlora

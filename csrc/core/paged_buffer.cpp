@@ -11,6 +11,7 @@ std::ostream& operator<<(std::ostream& stream, PagingStrategy strategy) {
   switch (strategy) {
     case PagingStrategy::automatic: return stream << "automatic";
     case PagingStrategy::ordinary: return stream << "ordinary";
+    case PagingStrategy::file: return stream << "file";
     case PagingStrategy::managed: return stream << "managed";
     case PagingStrategy::pinned: return stream << "pinned";
   }
@@ -63,6 +64,14 @@ void PagedBuffer::end(std::int64_t page, void* stream) {
   check_page(page, "end", true);
   do_end(page, stream);
   is_in_use_[static_cast<std::size_t>(page)] = false;
+}
+
+bool PagedBuffer::make_resident(void* stream, std::int64_t companion_bytes) {
+  const std::lock_guard lock(mutex_);
+  for (std::int64_t page = 0; page < page_count(); ++page) {
+    check_page(page, "make_resident", false);
+  }
+  return do_make_resident(stream, companion_bytes);
 }
 
 void PagedBuffer::join(void* stream) {

@@ -11,8 +11,12 @@
 // `begin` also asks for the page after, so that it travels while this one is used. Copies run on
 // streams of the buffer's own, which events tie to the caller's; no call waits for the device.
 //
+// Where all of it may be on the device at once, make_resident says so, and it is used as it lies.
+//
 // The strategies:
 //   ordinary  the CPU's: memory that stays where it is
+//   file      the CPU's: a file that is mapped, so that there may be more of it than memory. The
+//             memory stands for the device here, and the file for the host
 //   managed   CUDA unified memory: one address on host and device. Without a budget the driver
 //             decides what stays on the device, and moves pages out as others need the room
 //   pinned    page-locked host memory, and two or three pages of device memory that stand in for the
@@ -27,33 +31,39 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "core/tensor_view.h"
 
 namespace qlora {
 
-enum class PagingStrategy : std::uint8_t { automatic, ordinary, managed, pinned };
+enum class PagingStrategy : std::uint8_t { automatic, ordinary, file, managed, pinned };
 
 std::ostream& operator<<(std::ostream& stream, PagingStrategy strategy);
 
 struct PagedBufferOptions {
   std::int64_t bytes = 0;
 
-  /// Pages are cut at multiples of this. Prefetching rounds to the host's own pages, of 64 KiB on
-  /// some, so that a smaller unit would move its neighbours'.
-  static constexpr std::int64_t page_unit = std::int64_t{64} << 10;
+  /// Pages are cut at multiples of this, which is a page of most hosts. Where theirs are larger, as
+  /// some hosts' 64 KiB, a page that is no multiple of them moves a bit of its neighbours.
+  static constexpr std::int64_t page_unit = std::int64_t{4} << 10;
 
   /// 16 times the 2 MiB that CUDA's driver moves at once. PCIe 5 takes 0.6 ms for it, some fifty
   /// times what asking for it costs; three pages take 96 MiB of the device.
   std::int64_t page_bytes = std::int64_t{32} << 20;
 
-  /// automatic: managed where the device can, else pinned; ordinary on the CPU.
+  /// automatic: managed where the device can, else pinned; on the CPU file where there is a
+  /// page_file, else ordinary.
   PagingStrategy strategy = PagingStrategy::automatic;
 
   /// The most device memory that the buffer asks for at once, of two pages at least. None: pinned
   /// takes three pages, and with managed the driver decides.
   std::optional<std::int64_t> resident_bytes = std::nullopt;
+
+  /// On the CPU: the directory of the file. It has no name there, and is gone with the buffer, or the
+  /// process, however that ends. Its space is reserved at once.
+  std::optional<std::string> page_file = std::nullopt;
 };
 
 struct ByteRange {
@@ -92,8 +102,8 @@ class PagedBuffer {
   /// The bytes of a page: the last may be short.
   ByteRange page_range(std::int64_t page) const;
 
-  /// All of the memory, in one piece, uninitialised at first. The host may use it when no page is in
-  /// use and it has waited for a stream that joined. null if there are no bytes.
+  /// All of the memory, in one piece: zeros, once a stream has joined. The host may use it when no
+  /// page is in use and it has waited for a stream that joined. null if there are no bytes.
   virtual std::byte* data() const = 0;
 
   /// Whether data() is an address of the device, too.
@@ -103,6 +113,15 @@ class PagedBuffer {
   /// returns where it is there: with `pinned` not at the same place each time.
   std::byte* begin(std::int64_t page, void* stream);
   void end(std::int64_t page, void* stream);
+
+  /// Whether what is queued on `stream` from here on may use all of data() at once, on the device,
+  /// without begin and end. If so, all of it has been asked for. If not, there is no room, or pages
+  /// have no one address on the device.
+  ///
+  /// Without a budget it depends on what the device has free: room is wanted for all that is not there
+  /// yet, of this buffer and of others (`companion_bytes` in all), and for two pages more. A stream
+  /// that records a CUDA graph makes no requests: what it records is right wherever the memory is.
+  bool make_resident(void* stream, std::int64_t companion_bytes = 0);
 
   /// Makes `stream` wait for all copies asked for so far.
   void join(void* stream);
@@ -122,6 +141,7 @@ class PagedBuffer {
   // With the mutex held, and valid arguments. A page range is [first, last).
   virtual std::byte* do_begin(std::int64_t page, void* stream) = 0;
   virtual void do_end(std::int64_t page, void* stream) = 0;
+  virtual bool do_make_resident(void* stream, std::int64_t companion_bytes) = 0;
   virtual void do_join(void* stream) = 0;
   virtual void do_prefetch_to_device(std::int64_t first, std::int64_t last, void* stream) = 0;
   virtual void do_prefetch_to_host(std::int64_t first, std::int64_t last, void* stream) = 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/paged_walk.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/lora_groups.h"
 #include "cpu/paged_buffer.h"
@@ -28,25 +29,47 @@ NF4Bytes bytes_of(const NF4Weight& weight) {
           .block_size = weight.block_size};
 }
 
-bool is_skipped(const AdamWStep& step) {
+bool is_skipped(const OptimizerStep& step) {
   return step.found_inf.is_present && *step.found_inf.as<const float>() != 0.0f;
 }
 
-/// Computed for every piece of a tensor, which has thousands of elements.
-AdamWRule rule_of(const AdamWStep& step, const TensorView& step_count) {
-  AdamWNumbers numbers = step;
-  if (step.lr_tensor.is_present)
+/// The numbers of a tensor's step, read from where they are.
+OptimizerNumbers numbers_of(const OptimizerStep& step, const TensorView& step_count) {
+  OptimizerNumbers numbers = step;
+  if (step.lr_tensor.is_present) {
     numbers.lr = static_cast<double>(*step.lr_tensor.as<const float>());
+  }
   if (step_count.is_present) {
     numbers.step = static_cast<std::int64_t>(*step_count.as<const float>()) + 1;
   }
-  return AdamWRule(numbers, step.grad_scale.is_present ? *step.grad_scale.as<const float>() : 1.0f);
+  return numbers;
 }
 
-template <typename Tensor>
-void count_steps(std::span<const Tensor> tensors) {
-  for (const Tensor& tensor : tensors) {
-    if (tensor.step_count.is_present) *tensor.step_count.template as<float>() += 1.0f;
+/// Elements [begin, end) of a tensor; begin is a multiple of 256. Rules are made for every piece of
+/// a tensor, which has thousands of elements.
+void step_piece(OptimizerRule rule, const OptimizerTensor& tensor, const OptimizerStep& step,
+                std::int64_t begin, std::int64_t end) {
+  const OptimizerNumbers numbers = numbers_of(step, tensor.step_count);
+  const float grad_scale = step.grad_scale.is_present ? *step.grad_scale.as<const float>() : 1.0f;
+  const RoundingStream stream{
+      .seed = step.rounding_seed.value_or(0),
+      .first_counter = RoundingStream::counter_of(tensor.number, tensor.first_element),
+      .step = static_cast<std::uint32_t>(numbers.step)};
+  const RoundingStream* const rounding = step.rounding_seed ? &stream : nullptr;
+  const bool is_8bit = tensor.state.is_8bit();
+  if (is_8bit) {
+    begin /= state_block_size;
+    end = ceil_divide(end, state_block_size);
+  }
+  switch (rule) {
+    case OptimizerRule::adamw:
+      (is_8bit ? kernels().adamw8bit_step : kernels().adamw_step)(
+          tensor, AdamWRule(numbers, grad_scale), rounding, begin, end);
+      return;
+    case OptimizerRule::lion:
+      (is_8bit ? kernels().lion8bit_step : kernels().lion_step)(
+          tensor, LionRule(numbers, grad_scale), rounding, begin, end);
+      return;
   }
 }
 
@@ -162,26 +185,27 @@ class CpuBackend final : public Backend {
                  });
   }
 
-  void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
-                  const ExecutionContext& context) const override {
+  void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
+                      const OptimizerStep& step, const ExecutionContext& context) const override {
     if (is_skipped(step)) return;
     for_each_piece(tensors, elements_per_grain, context,
-                   [&](const AdamWTensor& tensor, std::int64_t begin, std::int64_t end) {
-                     kernels().adamw_step(tensor, rule_of(step, tensor.step_count), begin, end);
+                   [&](const OptimizerTensor& tensor, std::int64_t begin, std::int64_t end) {
+                     step_piece(rule, tensor, step, begin, end);
                    });
-    count_steps(tensors);
+    for (const OptimizerTensor& tensor : tensors) {
+      if (tensor.step_count.is_present && tensor.counts_step) {
+        *tensor.step_count.as<float>() += 1.0f;
+      }
+    }
   }
 
-  void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
-                      const ExecutionContext& context) const override {
+  void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
+                            const OptimizerStep& step,
+                            const ExecutionContext& context) const override {
     if (is_skipped(step)) return;
-    for_each_piece(tensors, elements_per_grain, context,
-                   [&](const AdamW8bitTensor& tensor, std::int64_t begin, std::int64_t end) {
-                     kernels().adamw8bit_step(tensor, rule_of(step, tensor.step_count),
-                                              begin / adamw8bit_block_size,
-                                              ceil_divide(end, adamw8bit_block_size));
-                   });
-    count_steps(tensors);
+    walk_pages(state, tensors, context.stream, [&](std::span<const OptimizerTensor> pieces) {
+      optimizer_step(state.rule(), pieces, step, context);
+    });
   }
 
   std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
@@ -197,11 +221,11 @@ class CpuBackend final : public Backend {
 
   /// Cuts a list of parameters of any sizes into pieces of `piece` elements, for one parallel_for
   /// over all of them.
-  template <typename Tensor, typename Function>
-  static void for_each_piece(std::span<const Tensor> tensors, std::int64_t piece,
+  template <typename Function>
+  static void for_each_piece(std::span<const OptimizerTensor> tensors, std::int64_t piece,
                              const ExecutionContext& context, Function&& function) {
     std::vector<std::int64_t> first_piece{0};  // of each tensor, and the total
-    for (const Tensor& tensor : tensors) {
+    for (const OptimizerTensor& tensor : tensors) {
       first_piece.push_back(first_piece.back() + ceil_divide(tensor.param.numel(), piece));
     }
     parallel_for(

@@ -5,7 +5,10 @@
 
 #include <cstdint>
 
+#include "core/adamw_rule.h"
+#include "core/lion_rule.h"
 #include "core/operations.h"
+#include "core/stochastic_rounding.h"
 #include "format/nf4_layout.h"
 
 namespace qlora {
@@ -49,14 +52,18 @@ struct CpuKernels {
   void (*dropout)(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
                   std::int64_t begin, std::int64_t end);
 
-  // -- AdamW
+  // -- optimisers. `rounding` is null, or of the tensor's first element.
 
   /// Elements [begin, end).
-  void (*adamw_step)(const AdamWTensor& tensor, const AdamWRule& rule, std::int64_t begin,
-                     std::int64_t end);
+  void (*adamw_step)(const OptimizerTensor& tensor, const AdamWRule& rule,
+                     const RoundingStream* rounding, std::int64_t begin, std::int64_t end);
+  void (*lion_step)(const OptimizerTensor& tensor, const LionRule& rule,
+                    const RoundingStream* rounding, std::int64_t begin, std::int64_t end);
   /// Blocks of 256 elements [begin, end).
-  void (*adamw8bit_step)(const AdamW8bitTensor& tensor, const AdamWRule& rule, std::int64_t begin,
-                         std::int64_t end);
+  void (*adamw8bit_step)(const OptimizerTensor& tensor, const AdamWRule& rule,
+                         const RoundingStream* rounding, std::int64_t begin, std::int64_t end);
+  void (*lion8bit_step)(const OptimizerTensor& tensor, const LionRule& rule,
+                        const RoundingStream* rounding, std::int64_t begin, std::int64_t end);
 };
 
 // Each set is defined in its folder. A set starts from the one before it and replaces what it does

@@ -6,20 +6,30 @@
 namespace qlora {
 namespace {
 
-struct Free {
-  void operator()(std::byte* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<std::byte, Free>;
+/// Zeros, which take memory when they are first written.
+class Memory {
+ public:
+  explicit Memory(std::int64_t bytes) {
+    if (bytes == 0) return;
+    allocated_.reset(std::calloc(static_cast<std::size_t>(bytes) + alignment, 1));
+    if (!allocated_) {
+      throw HostOutOfMemory(message("PagedBuffer: no ", bytes, " bytes of host memory"));
+    }
+  }
 
-Memory allocate(std::int64_t bytes) {
-  if (bytes == 0) return nullptr;
-  constexpr auto alignment = static_cast<std::size_t>(PagedBufferOptions::page_unit);
-  const std::size_t rounded =
-      (static_cast<std::size_t>(bytes) + alignment - 1) / alignment * alignment;
-  Memory memory(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)));
-  if (!memory) throw HostOutOfMemory(message("PagedBuffer: no ", bytes, " bytes of host memory"));
-  return memory;
-}
+  std::byte* data() const {
+    if (!allocated_) return nullptr;
+    auto* const begin = static_cast<std::byte*>(allocated_.get());
+    return begin + (alignment - reinterpret_cast<std::uintptr_t>(begin) % alignment) % alignment;
+  }
+
+ private:
+  static constexpr auto alignment = static_cast<std::size_t>(PagedBufferOptions::page_unit);
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> allocated_;
+};
 
 class CpuPagedBuffer final : public PagedBuffer {
  public:
@@ -27,14 +37,15 @@ class CpuPagedBuffer final : public PagedBuffer {
       : PagedBuffer(device, PagingStrategy::ordinary, options, PagePlace::host),
         memory_(std::move(memory)) {}
 
-  std::byte* data() const override { return memory_.get(); }
+  std::byte* data() const override { return memory_.data(); }
 
  private:
   std::byte* do_begin(std::int64_t page, void*) override {
-    return memory_.get() + page_range(page).offset;
+    return memory_.data() + page_range(page).offset;
   }
   // The host is the device: nothing moves.
   void do_end(std::int64_t, void*) override {}
+  bool do_make_resident(void*, std::int64_t) override { return true; }
   void do_join(void*) override {}
   void do_prefetch_to_device(std::int64_t, std::int64_t, void*) override {}
   void do_prefetch_to_host(std::int64_t, std::int64_t, void*) override {}
@@ -51,7 +62,7 @@ std::unique_ptr<PagedBuffer> make_cpu_paged_buffer(Device device,
       "PagedBuffer: strategy is ", options.strategy, ", on the CPU want ordinary");
   check(!options.resident_bytes,
         "PagedBuffer: resident_bytes is for a device beside the host; on the CPU leave it out");
-  return std::make_unique<CpuPagedBuffer>(device, options, allocate(options.bytes));
+  return std::make_unique<CpuPagedBuffer>(device, options, Memory(options.bytes));
 }
 
 }  // namespace qlora

@@ -31,25 +31,20 @@ bool is_quad_aligned(const TensorView& tensor) {
   return address % (elements_per_quad * element) == 0;
 }
 
-template <typename Tensor>
-AdamWEntry entry_of(const Tensor& tensor) {
+AdamWEntry entry_of(const OptimizerTensor& tensor) {
+  const OptimizerState& state = tensor.state;
   AdamWEntry entry{.param = tensor.param.data,
                    .grad = tensor.grad.data,
-                   .exp_avg = tensor.exp_avg.data,
-                   .exp_avg_sq = tensor.exp_avg_sq.data,
-                   .exp_avg_absmax = nullptr,
-                   .exp_avg_sq_absmax = nullptr,
+                   .exp_avg = state.exp_avg.data,
+                   .exp_avg_sq = state.exp_avg_sq.data,
+                   .exp_avg_absmax = state.exp_avg_absmax.as<float>(),
+                   .exp_avg_sq_absmax = state.exp_avg_sq_absmax.as<float>(),
                    .count = tensor.param.numel(),
                    .param_kind = kind_of(tensor.param.dtype),
                    .grad_kind = kind_of(tensor.grad.dtype),
                    .is_aligned = true};
-  for (const TensorView* view :
-       {&tensor.param, &tensor.grad, &tensor.exp_avg, &tensor.exp_avg_sq}) {
+  for (const TensorView* view : {&tensor.param, &tensor.grad, &state.exp_avg, &state.exp_avg_sq}) {
     entry.is_aligned &= is_quad_aligned(*view);
-  }
-  if constexpr (requires { tensor.exp_avg_absmax; }) {
-    entry.exp_avg_absmax = tensor.exp_avg_absmax.template as<float>();
-    entry.exp_avg_sq_absmax = tensor.exp_avg_sq_absmax.template as<float>();
   }
   return entry;
 }
@@ -63,7 +58,7 @@ struct Batch {
   AdamWArguments step;
   AdamWRuleArguments rules;
 
-  Batch(const AdamWStep& s, AdamWRule* memory_of_rules)
+  Batch(const OptimizerStep& s, AdamWRule* memory_of_rules)
       : step{.rule = AdamWRule(s),
              .rules = memory_of_rules,
              .found_inf = device_number(s.found_inf),
@@ -78,8 +73,7 @@ struct Batch {
               .step_counts = {}} {}
 
   /// Returns false where the tensor does not fit any more.
-  template <typename Tensor>
-  bool append(const Tensor& tensor) {
+  bool append(const OptimizerTensor& tensor) {
     const AdamWEntry entry = entry_of(tensor);
     const int index = step.chunks.tensor_count();
     if (!step.chunks.append(entry.count)) return false;
@@ -90,17 +84,16 @@ struct Batch {
   }
 };
 
-template <typename Tensor>
-bool has_numbers_on_device(std::span<const Tensor> tensors, const AdamWStep& step) {
+bool has_numbers_on_device(std::span<const OptimizerTensor> tensors, const OptimizerStep& step) {
   return step.lr_tensor.is_present || step.grad_scale.is_present ||
          std::any_of(tensors.begin(), tensors.end(),
-                     [](const Tensor& tensor) { return tensor.step_count.is_present; });
+                     [](const OptimizerTensor& tensor) { return tensor.step_count.is_present; });
 }
 
 /// Makes batches of the tensors, and calls `launch_step` with the arguments of each.
-template <typename Tensor, typename LaunchStep>
-void launch_batches(std::span<const Tensor> tensors, const AdamWStep& step, const char* operation,
-                    cudaStream_t stream, LaunchStep&& launch_step) {
+template <typename LaunchStep>
+void launch_batches(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
+                    const char* operation, cudaStream_t stream, LaunchStep&& launch_step) {
   check_driver(12010, operation, "a launch carries 30 KB of parameters");
   std::optional<StreamBuffer> memory;
   if (has_numbers_on_device(tensors, step)) {
@@ -126,7 +119,7 @@ void launch_batches(std::span<const Tensor> tensors, const AdamWStep& step, cons
 
 }  // namespace
 
-void launch_adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
+void launch_adamw_step(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
                        cudaStream_t stream) {
   const char* const operation = "adamw_step";
   launch_batches(tensors, step, operation, stream, [&](const AdamWArguments& arguments) {
@@ -136,7 +129,7 @@ void launch_adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& st
   });
 }
 
-void launch_adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
+void launch_adamw8bit_step(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
                            cudaStream_t stream) {
   const char* const operation = "adamw8bit_step";
   const DeviceTraits& device = device_traits(tensors.front().param.device.index, operation);

@@ -46,7 +46,7 @@ static __global__ void __launch_bounds__(rule_threads)
   if (is_skipped(a.found_inf)) return;
   const int tensor = static_cast<int>(blockIdx.x) * rule_threads + static_cast<int>(threadIdx.x);
   if (tensor >= a.tensor_count) return;
-  AdamWNumbers numbers = a.numbers;
+  OptimizerNumbers numbers = a.numbers;
   if (a.lr != nullptr) numbers.lr = static_cast<double>(*a.lr);
   if (float* const step_count = a.step_counts[tensor]; step_count != nullptr) {
     numbers.step = static_cast<std::int64_t>(*step_count) + 1;

@@ -13,10 +13,10 @@
 
 namespace qlora::cuda {
 
-void launch_adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
+void launch_adamw_step(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
                        cudaStream_t stream);
 
-void launch_adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
+void launch_adamw8bit_step(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
                            cudaStream_t stream);
 
 }  // namespace qlora::cuda

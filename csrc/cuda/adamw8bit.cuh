@@ -124,7 +124,7 @@ template <bool is_whole>
 __device__ void step_block(const AdamWDeviceRule& rule, const AdamWEntry& tensor,
                            std::int64_t block, int lane, const FirstMomentTable& first_table,
                            const SecondMomentTable& second_table) {
-  constexpr int block_size = static_cast<int>(adamw8bit_block_size);
+  constexpr int block_size = static_cast<int>(state_block_size);
   const std::int64_t begin = block * block_size;
   void* const params = element_address(tensor.param_kind, tensor.param, begin);
   const void* const grads = element_address(tensor.grad_kind, tensor.grad, begin);
@@ -204,9 +204,9 @@ static __global__ void __launch_bounds__(adamw_threads, adamw8bit_thread_blocks_
     const int index = a.chunks.tensor_of(chunk);
     const AdamWEntry& tensor = a.tensors[index];
     const AdamWDeviceRule rule = rule_of(a, index);
-    const std::int64_t first_block = a.chunks.first_element(index, chunk) / adamw8bit_block_size;
-    const std::int64_t whole_blocks = tensor.is_aligned ? tensor.count / adamw8bit_block_size : 0;
-    const std::int64_t blocks = ceil_divide(tensor.count, adamw8bit_block_size);
+    const std::int64_t first_block = a.chunks.first_element(index, chunk) / state_block_size;
+    const std::int64_t whole_blocks = tensor.is_aligned ? tensor.count / state_block_size : 0;
+    const std::int64_t blocks = ceil_divide(tensor.count, state_block_size);
 #pragma unroll 1
     for (int i = warp; i < blocks_per_chunk; i += adamw_warps) {
       const std::int64_t block = first_block + i;

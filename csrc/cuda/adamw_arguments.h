@@ -37,7 +37,7 @@ struct AdamWArguments {
 /// Of the kernel that makes rules from the numbers that are in the device's memory.
 struct AdamWRuleArguments {
   AdamWRule* rules;
-  AdamWNumbers numbers;
+  OptimizerNumbers numbers;
   const float* lr;          // null: numbers.lr
   const float* grad_scale;  // null: 1
   const float* found_inf;   // as in AdamWArguments

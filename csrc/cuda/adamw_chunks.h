@@ -26,8 +26,8 @@ inline constexpr int elements_per_chunk = adamw_threads * quads_per_thread * ele
 
 // 8-bit state: a block is a warp's, two quads a lane.
 inline constexpr int quads_per_lane = 2;
-static_assert(32 * quads_per_lane * elements_per_quad == adamw8bit_block_size);
-inline constexpr int blocks_per_chunk = elements_per_chunk / static_cast<int>(adamw8bit_block_size);
+static_assert(32 * quads_per_lane * elements_per_quad == state_block_size);
+inline constexpr int blocks_per_chunk = elements_per_chunk / static_cast<int>(state_block_size);
 static_assert(blocks_per_chunk % adamw_warps == 0);
 
 // The LoRA factors of a model of 32 layers with 7 linear modules each fit one launch. More would fit

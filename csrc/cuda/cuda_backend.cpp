@@ -105,16 +105,16 @@ class CudaBackend final : public Backend {
     cuda::launch_dropout(x, p, seed, out, stream_of(context));
   }
 
-  void adamw_step(std::span<const AdamWTensor> tensors, const AdamWStep& step,
-                  const ExecutionContext& context) const override {
-    const DeviceGuard guard(tensors.front().param.device, "adamw_step");
-    cuda::launch_adamw_step(tensors, step, stream_of(context));
-  }
-
-  void adamw8bit_step(std::span<const AdamW8bitTensor> tensors, const AdamWStep& step,
-                      const ExecutionContext& context) const override {
-    const DeviceGuard guard(tensors.front().param.device, "adamw8bit_step");
-    cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
+  void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
+                      const OptimizerStep& step, const ExecutionContext& context) const override {
+    const char* const operation = optimizer_step_name(rule, tensors.front().state.is_8bit());
+    const DeviceGuard guard(tensors.front().param.device, operation);
+    if (rule == OptimizerRule::lion) refuse(operation);
+    if (tensors.front().state.is_8bit()) {
+      cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
+    } else {
+      cuda::launch_adamw_step(tensors, step, stream_of(context));
+    }
   }
 
   std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,

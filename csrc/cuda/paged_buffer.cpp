@@ -36,7 +36,8 @@ PagingStrategy choose_strategy(Device device, PagingStrategy asked) {
       throw Unsupported(message("PagedBuffer: ", device,
                                 " has no managed memory that the host can use at the same time (so "
                                 "with WSL2 and some virtual GPUs); use strategy pinned"));
-    case PagingStrategy::ordinary: break;
+    case PagingStrategy::ordinary:
+    case PagingStrategy::file: break;
   }
   throw InvalidArgument(message("PagedBuffer: strategy is ", asked, ", on ", device,
                                 " want automatic, managed or pinned"));
@@ -143,6 +144,8 @@ class CudaPagedBuffer final : public PagedBuffer {
     }
     slot.state = Slot::State::empty;
   }
+
+  bool do_make_resident(void*, std::int64_t) override { return false; }
 
   void do_join(void* stream) override {
     const Entry entry(*this, "PagedBuffer.join", stream);

@@ -17,7 +17,9 @@ const CpuKernels& avx2_kernels() {
     set.dora_scale_backward = avx2::dora_scale_backward;
     set.dropout = avx2::dropout;
     set.adamw_step = avx2::adamw_step;
+    set.lion_step = avx2::lion_step;
     set.adamw8bit_step = avx2::adamw8bit_step;
+    set.lion8bit_step = avx2::lion8bit_step;
     return set;
   }();
   return kernels;

@@ -17,7 +17,9 @@ const CpuKernels& avx512_kernels() {
     set.dora_scale_backward = avx512::dora_scale_backward;
     set.dropout = avx512::dropout;
     set.adamw_step = avx512::adamw_step;
+    set.lion_step = avx512::lion_step;
     set.adamw8bit_step = avx512::adamw8bit_step;
+    set.lion8bit_step = avx512::lion8bit_step;
     return set;
   }();
   return kernels;

@@ -16,7 +16,9 @@ const CpuKernels& scalar_kernels() {
       .dora_scale_backward = scalar::dora_scale_backward,
       .dropout = scalar::dropout,
       .adamw_step = scalar::adamw_step,
+      .lion_step = scalar::lion_step,
       .adamw8bit_step = scalar::adamw8bit_step,
+      .lion8bit_step = scalar::lion8bit_step,
   };
   return kernels;
 }

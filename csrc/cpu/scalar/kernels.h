@@ -27,9 +27,13 @@ void dora_scale_backward(const DoRAScaleBackward& arguments, std::int64_t begin,
 void dropout(const TensorView& x, double p, std::int64_t seed, const TensorView& out,
              std::int64_t begin, std::int64_t end);
 
-void adamw_step(const AdamWTensor& tensor, const AdamWRule& rule, std::int64_t begin,
-                std::int64_t end);
-void adamw8bit_step(const AdamW8bitTensor& tensor, const AdamWRule& rule, std::int64_t begin,
-                    std::int64_t end);
+void adamw_step(const OptimizerTensor& tensor, const AdamWRule& rule,
+                const RoundingStream* rounding, std::int64_t begin, std::int64_t end);
+void lion_step(const OptimizerTensor& tensor, const LionRule& rule, const RoundingStream* rounding,
+               std::int64_t begin, std::int64_t end);
+void adamw8bit_step(const OptimizerTensor& tensor, const AdamWRule& rule,
+                    const RoundingStream* rounding, std::int64_t begin, std::int64_t end);
+void lion8bit_step(const OptimizerTensor& tensor, const LionRule& rule,
+                   const RoundingStream* rounding, std::int64_t begin, std::int64_t end);
 
 }  // namespace qlora::scalar

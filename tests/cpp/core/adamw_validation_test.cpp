@@ -3,6 +3,7 @@
 #include "core/operations.h"
 #include "support/expect_error.h"
 #include "support/host_tensor.h"
+#include "support/optimizer_tensors.h"
 
 namespace qlora {
 namespace {
@@ -19,19 +20,22 @@ class AdamWValidation : public testing::Test {
   HostTensor codes_sq{DType::uint8, {300}, std::vector<double>(300, 0.0)};
   HostTensor absmax{DType::float32, {2}, {0.0, 0.0}}, absmax_sq{DType::float32, {2}, {0.0, 0.0}};
 
-  AdamWTensor tensor = {param.view(), grad.view(), exp_avg.view(), exp_avg_sq.view()};
-  AdamW8bitTensor tensor8bit = {param.view(),  grad.view(),     codes.view(),
-                                absmax.view(), codes_sq.view(), absmax_sq.view()};
-  AdamWStep step;
+  OptimizerTensor tensor =
+      with_32bit_state(param.view(), grad.view(), exp_avg.view(), exp_avg_sq.view());
+  OptimizerTensor tensor8bit = with_8bit_state(param.view(), grad.view(), codes.view(),
+                                               absmax.view(), codes_sq.view(), absmax_sq.view());
+  OptimizerStep step;
 
   void expect_step_error(const std::string& text) {
-    const AdamWTensor good = {param.view(), grad.view(), exp_avg.view(), exp_avg_sq.view()};
-    const std::vector<AdamWTensor> tensors = {good, tensor};  // the second one is checked as well
+    const OptimizerTensor good =
+        with_32bit_state(param.view(), grad.view(), exp_avg.view(), exp_avg_sq.view());
+    const std::vector<OptimizerTensor> tensors = {good,
+                                                  tensor};  // the second one is checked as well
     expect_invalid("adamw_step: " + text, [&] { adamw_step(tensors, step, {}); });
   }
   void expect_8bit_error(const std::string& text) {
     expect_invalid("adamw8bit_step: " + text,
-                   [&] { adamw8bit_step(std::span(&tensor8bit, 1), step, {}); });
+                   [&] { adamw_step(std::span(&tensor8bit, 1), step, {}); });
   }
   void expect_error_of_both(const std::string& text) {
     expect_step_error(text);
@@ -41,11 +45,11 @@ class AdamWValidation : public testing::Test {
 
 TEST_F(AdamWValidation, TheUnspoiledArgumentsAreValid) {
   adamw_step(std::span(&tensor, 1), step, {});
-  adamw8bit_step(std::span(&tensor8bit, 1), step, {});
+  adamw_step(std::span(&tensor8bit, 1), step, {});
 }
 TEST_F(AdamWValidation, AnEmptyListIsValid) {
   adamw_step({}, step, {});
-  adamw8bit_step({}, step, {});
+  adamw_step({}, step, {});
 }
 
 TEST_F(AdamWValidation, LearningRateMustBeFiniteAndNotNegative) {
@@ -131,18 +135,18 @@ TEST_F(AdamWValidation, StepRefusesAGradientOfAnotherShape) {
   expect_step_error("grad has shape [300], want [3, 100]");
 }
 TEST_F(AdamWValidation, StepRefusesMomentsOfAnotherDtype) {
-  tensor.exp_avg.dtype = DType::bfloat16;
+  tensor.state.exp_avg.dtype = DType::bfloat16;
   expect_step_error("exp_avg is bfloat16, want float32");
-  tensor.exp_avg.dtype = DType::float32;
-  tensor.exp_avg_sq.dtype = DType::float16;
+  tensor.state.exp_avg.dtype = DType::float32;
+  tensor.state.exp_avg_sq.dtype = DType::float16;
   expect_step_error("exp_avg_sq is float16, want float32");
 }
-TEST_F(AdamWValidation, StepRefusesMomentsOfAnotherShape) {
-  tensor.exp_avg.shape = {3, 99};
-  expect_step_error("exp_avg has shape [3, 99], want [3, 100]");
-  tensor.exp_avg.shape = {3, 100};
-  tensor.exp_avg_sq.shape = {100, 3};
-  expect_step_error("exp_avg_sq has shape [100, 3], want [3, 100]");
+TEST_F(AdamWValidation, StepRefusesMomentsOfTheWrongSize) {
+  tensor.state.exp_avg.shape = {3, 99};
+  expect_step_error("exp_avg of shape [3, 99] has 297 elements, want 300");
+  tensor.state.exp_avg.shape = {300};
+  tensor.state.exp_avg_sq.shape = {301};
+  expect_step_error("exp_avg_sq of shape [301] has 301 elements, want 300");
 }
 
 TEST_F(AdamWValidation, Step8bitRefusesAGradientOfAnotherShape) {
@@ -150,31 +154,31 @@ TEST_F(AdamWValidation, Step8bitRefusesAGradientOfAnotherShape) {
   expect_8bit_error("grad has shape [300], want [3, 100]");
 }
 TEST_F(AdamWValidation, Step8bitRefusesCodesOfAnotherDtype) {
-  tensor8bit.exp_avg.dtype = DType::float32;
+  tensor8bit.state.exp_avg.dtype = DType::float32;
   expect_8bit_error("exp_avg is float32, want uint8");
-  tensor8bit.exp_avg.dtype = DType::uint8;
-  tensor8bit.exp_avg_sq.dtype = DType::float32;
+  tensor8bit.state.exp_avg.dtype = DType::uint8;
+  tensor8bit.state.exp_avg_sq.dtype = DType::float32;
   expect_8bit_error("exp_avg_sq is float32, want uint8");
 }
 TEST_F(AdamWValidation, Step8bitRefusesCodesOfTheWrongSize) {
-  tensor8bit.exp_avg.shape = {299};
+  tensor8bit.state.exp_avg.shape = {299};
   expect_8bit_error("exp_avg of shape [299] has 299 elements, want 300");
-  tensor8bit.exp_avg.shape = {300};
-  tensor8bit.exp_avg_sq.shape = {301};
+  tensor8bit.state.exp_avg.shape = {300};
+  tensor8bit.state.exp_avg_sq.shape = {301};
   expect_8bit_error("exp_avg_sq of shape [301] has 301 elements, want 300");
 }
 TEST_F(AdamWValidation, Step8bitRefusesAbsmaxOfAnotherDtype) {
-  tensor8bit.exp_avg_absmax.dtype = DType::uint8;
+  tensor8bit.state.exp_avg_absmax.dtype = DType::uint8;
   expect_8bit_error("exp_avg_absmax is uint8, want float32");
-  tensor8bit.exp_avg_absmax.dtype = DType::float32;
-  tensor8bit.exp_avg_sq_absmax.dtype = DType::uint8;
+  tensor8bit.state.exp_avg_absmax.dtype = DType::float32;
+  tensor8bit.state.exp_avg_sq_absmax.dtype = DType::uint8;
   expect_8bit_error("exp_avg_sq_absmax is uint8, want float32");
 }
 TEST_F(AdamWValidation, Step8bitRefusesAbsmaxOfTheWrongSize) {
-  tensor8bit.exp_avg_absmax.shape = {1};
+  tensor8bit.state.exp_avg_absmax.shape = {1};
   expect_8bit_error("exp_avg_absmax of shape [1] has 1 elements, want 2");
-  tensor8bit.exp_avg_absmax.shape = {2};
-  tensor8bit.exp_avg_sq_absmax.shape = {3};
+  tensor8bit.state.exp_avg_absmax.shape = {2};
+  tensor8bit.state.exp_avg_sq_absmax.shape = {3};
   expect_8bit_error("exp_avg_sq_absmax of shape [3] has 3 elements, want 2");
 }
 

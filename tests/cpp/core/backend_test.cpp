@@ -32,8 +32,8 @@ TEST(Backend, AnOperationThatItDoesNotOverrideIsUnsupportedByName) {
   expect_unsupported("dora_scale", [&] { backend.dora_scale({}, {}); });
   expect_unsupported("dora_scale_backward", [&] { backend.dora_scale_backward({}, {}); });
   expect_unsupported("dropout", [&] { backend.dropout({}, 0.0, {}, {}, {}); });
-  expect_unsupported("adamw_step", [&] { backend.adamw_step({}, {}, {}); });
-  expect_unsupported("adamw8bit_step", [&] { backend.adamw8bit_step({}, {}, {}); });
+  expect_unsupported("optimizer_step",
+                     [&] { backend.optimizer_step(OptimizerRule::adamw, {}, {}, {}); });
   expect_unsupported("make_paged_buffer", [&] { backend.make_paged_buffer({}, {}); });
 }
 

@@ -70,14 +70,14 @@ TEST(PagedBuffer, OptionsThatCannotBeRightAreNamed) {
   expect("PagedBuffer: bytes is -1, want 0 to 1152921504606846976", {.bytes = -1});
   expect("PagedBuffer: bytes is 9223372036854775807, want 0 to 1152921504606846976",
          {.bytes = std::int64_t{0x7fffffffffffffff}});
-  for (const std::int64_t wrong : {std::int64_t{0}, std::int64_t{4096}, -page_bytes}) {
-    expect(message("PagedBuffer: page_bytes is ", wrong, ", want a positive multiple of 65536"),
+  for (const std::int64_t wrong : {std::int64_t{0}, std::int64_t{4097}, -page_bytes}) {
+    expect(message("PagedBuffer: page_bytes is ", wrong, ", want a positive multiple of 4096"),
            {.bytes = 1, .page_bytes = wrong});
   }
   expect(
-      "PagedBuffer: resident_bytes is 131071, want at least two pages of 65536 bytes: the one "
+      "PagedBuffer: resident_bytes is 8191, want at least two pages of 4096 bytes: the one "
       "in use and the one that comes",
-      {.bytes = 1 << 20, .page_bytes = page_bytes, .resident_bytes = 131071});
+      {.bytes = 1 << 20, .page_bytes = page_bytes, .resident_bytes = 8191});
   expect("PagedBuffer: resident_bytes is for a device beside the host; on the CPU leave it out",
          {.bytes = 1 << 20, .page_bytes = page_bytes, .resident_bytes = 1 << 20});
   expect("PagedBuffer: strategy is managed, on the CPU want ordinary",
@@ -110,6 +110,7 @@ class FakePages final : public PagedBuffer {
   }
   void do_end(std::int64_t page, void*) override { note(page, PagePlace::host); }
   void do_join(void*) override {}
+  bool do_make_resident(void*, std::int64_t) override { return true; }
   void do_prefetch_to_device(std::int64_t first, std::int64_t last, void*) override {
     asked.emplace_back(first, last);
   }
@@ -143,8 +144,8 @@ TEST(PagedBuffer, ARangeMeansThePagesThatItTouches) {
   EXPECT_EQ(pages.asked,
             (std::vector<std::pair<std::int64_t, std::int64_t>>{{0, 2}, {1, 2}, {3, 4}}));
   expect_invalid(
-      "PagedBuffer.prefetch_to_host: the range is 1 bytes from 262144 on, want a part "
-      "of the 262144 bytes",
+      "PagedBuffer.prefetch_to_host: the range is 1 bytes from 16384 on, want a part "
+      "of the 16384 bytes",
       [&] { pages.prefetch_to_host({4 * page_bytes, 1}, nullptr); });
   expect_invalid(
       "PagedBuffer.prefetch_to_device: the range is 1 bytes from -1 on, want a part of "

@@ -5,6 +5,7 @@
 
 #include "core/operations.h"
 #include "support/golden.h"
+#include "support/optimizer_tensors.h"
 
 namespace qlora {
 namespace {
@@ -16,8 +17,8 @@ using reference::round_to;
 constexpr AdamWElement::Numbers numbers = {1e-3, 0.9, 0.999, 1e-8, 1e-2};
 constexpr std::int64_t block = 256;
 
-AdamWStep make_step(std::int64_t t) {
-  AdamWStep step;
+OptimizerStep make_step(std::int64_t t) {
+  OptimizerStep step;
   step.step = t;
   return step;
 }
@@ -68,18 +69,14 @@ struct Trained {
     for (std::int64_t i = 0; i < grad.numel(); ++i) grad.set(i, normal(generator));
   }
 
-  AdamW8bitTensor view() {
-    return {.param = param.view(),
-            .grad = grad.view(),
-            .exp_avg = exp_avg.codes.view(),
-            .exp_avg_absmax = exp_avg.absmax.view(),
-            .exp_avg_sq = exp_avg_sq.codes.view(),
-            .exp_avg_sq_absmax = exp_avg_sq.absmax.view()};
+  OptimizerTensor view() {
+    return with_8bit_state(param.view(), grad.view(), exp_avg.codes.view(), exp_avg.absmax.view(),
+                           exp_avg_sq.codes.view(), exp_avg_sq.absmax.view());
   }
 
   void step(std::int64_t t) {
-    const AdamW8bitTensor tensor = view();
-    adamw8bit_step(std::span(&tensor, 1), make_step(t), {});
+    const OptimizerTensor tensor = view();
+    adamw_step(std::span(&tensor, 1), make_step(t), {});
   }
 
   AdamWElement element(std::int64_t i) const {
@@ -157,10 +154,10 @@ TEST(CpuAdamW8bitEncoding, AMomentOnAMidpointGetsTheLowerCode) {
       codes.push_back(static_cast<std::uint8_t>(x > midpoint ? i + 1 : i));
     }
   }
-  AdamWStep step = make_step(1);
+  OptimizerStep step = make_step(1);
   step.beta1 = 0.0;
-  const AdamW8bitTensor tensor = trained.view();
-  adamw8bit_step(std::span(&tensor, 1), step, {});
+  const OptimizerTensor tensor = trained.view();
+  adamw_step(std::span(&tensor, 1), step, {});
   EXPECT_EQ(trained.exp_avg.codes.bytes(), codes);
 }
 
@@ -202,8 +199,8 @@ TEST_P(CpuAdamW8bit, StaysCloseTo32BitState) {
       exp_avg_sq.set(i, trained.exp_avg_sq.decode(i));
     }
     trained.draw_gradient(generator);
-    const AdamWTensor tensor = {param.view(), trained.grad.view(), exp_avg.view(),
-                                exp_avg_sq.view()};
+    const OptimizerTensor tensor =
+        with_32bit_state(param.view(), trained.grad.view(), exp_avg.view(), exp_avg_sq.view());
     adamw_step(std::span(&tensor, 1), make_step(t), {});
     trained.step(t);
 
@@ -257,9 +254,9 @@ TEST_P(CpuAdamW8bit, AListIsStepsOfItsMembers) {
     together.back().draw_gradient(generator);
   }
   std::vector<Trained> alone = together;
-  std::vector<AdamW8bitTensor> list;
+  std::vector<OptimizerTensor> list;
   for (Trained& trained : together) list.push_back(trained.view());
-  adamw8bit_step(list, make_step(1), {.num_threads = 3});
+  adamw_step(list, make_step(1), {.num_threads = 3});
   for (std::size_t i = 0; i < alone.size(); ++i) {
     alone[i].step(1);
     EXPECT_EQ(together[i].param.bytes(), alone[i].param.bytes()) << "tensor " << i;

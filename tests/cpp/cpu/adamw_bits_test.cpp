@@ -4,6 +4,7 @@
 
 #include "cpu/instruction_sets.h"
 #include "support/host_tensor.h"
+#include "support/optimizer_tensors.h"
 
 namespace qlora {
 namespace {
@@ -40,8 +41,8 @@ class CpuAdamWBits : public testing::TestWithParam<std::tuple<DType, DType>> {
   Generator generator{41};
 };
 
-AdamWStep step_number(std::int64_t t) {
-  AdamWStep step;
+OptimizerStep step_number(std::int64_t t) {
+  OptimizerStep step;
   step.step = t;
   step.maximize = t % 2 == 0;
   if (t % 3 == 0) step.beta2 = 0.95, step.eps = 0.0;
@@ -64,10 +65,10 @@ TEST_P(CpuAdamWBits, OfA32BitStepAreTheScalarOnes) {
       const AdamWRule rule(step_number(t));
       const auto run = [&](const CpuKernels& set, State& s) {
         // In two ranges, as threads do it.
-        const AdamWTensor tensor{s.param.view(), grad.view(), s.exp_avg.view(),
-                                 s.exp_avg_sq.view()};
-        set.adamw_step(tensor, rule, 0, count / 2);
-        set.adamw_step(tensor, rule, count / 2, count);
+        const OptimizerTensor tensor =
+            with_32bit_state(s.param.view(), grad.view(), s.exp_avg.view(), s.exp_avg_sq.view());
+        set.adamw_step(tensor, rule, nullptr, 0, count / 2);
+        set.adamw_step(tensor, rule, nullptr, count / 2, count);
       };
       run(kernels(), ours);
       run(scalar_kernels(), wanted);
@@ -83,7 +84,7 @@ TEST_P(CpuAdamWBits, OfAn8BitStepAreTheScalarOnes) {
     HostTensor param, exp_avg, absmax, exp_avg_sq, absmax_sq;
   };
   for (const std::int64_t count : {1, 255, 256, 257, 1024, 1500}) {
-    const std::int64_t blocks = ceil_divide(count, adamw8bit_block_size);
+    const std::int64_t blocks = ceil_divide(count, state_block_size);
     State ours{spread(param_dtype, count, generator), zeros(DType::uint8, count),
                zeros(DType::float32, blocks), zeros(DType::uint8, count),
                zeros(DType::float32, blocks)};
@@ -100,10 +101,11 @@ TEST_P(CpuAdamWBits, OfAn8BitStepAreTheScalarOnes) {
       if (t == 11) grad.set(count / 3, std::nan(""));
       const AdamWRule rule(step_number(t));
       const auto run = [&](const CpuKernels& set, State& s) {
-        const AdamW8bitTensor tensor{s.param.view(),  grad.view(),         s.exp_avg.view(),
-                                     s.absmax.view(), s.exp_avg_sq.view(), s.absmax_sq.view()};
-        set.adamw8bit_step(tensor, rule, 0, blocks / 2);
-        set.adamw8bit_step(tensor, rule, blocks / 2, blocks);
+        const OptimizerTensor tensor =
+            with_8bit_state(s.param.view(), grad.view(), s.exp_avg.view(), s.absmax.view(),
+                            s.exp_avg_sq.view(), s.absmax_sq.view());
+        set.adamw8bit_step(tensor, rule, nullptr, 0, blocks / 2);
+        set.adamw8bit_step(tensor, rule, nullptr, blocks / 2, blocks);
       };
       run(kernels(), ours);
       run(scalar_kernels(), wanted);
@@ -111,7 +113,7 @@ TEST_P(CpuAdamWBits, OfAn8BitStepAreTheScalarOnes) {
       ASSERT_TRUE(same_numbers(ours.absmax, wanted.absmax)) << "step " << t;
       ASSERT_TRUE(same_numbers(ours.absmax_sq, wanted.absmax_sq)) << "step " << t;
       for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t block = i / adamw8bit_block_size;
+        const std::int64_t block = i / state_block_size;
         if (!std::isnan(wanted.absmax[block])) {  // where it is NaN every code stands for NaN
           ASSERT_EQ(ours.exp_avg[i], wanted.exp_avg[i]) << "element " << i << ", step " << t;
         }

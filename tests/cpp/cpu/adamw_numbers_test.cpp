@@ -2,6 +2,7 @@
 #include "core/operations.h"
 #include "format/nf4_layout.h"
 #include "support/host_tensor.h"
+#include "support/optimizer_tensors.h"
 
 namespace qlora {
 namespace {
@@ -18,7 +19,7 @@ struct Trained {
         grad(HostTensor::random(DType::float32, {count}, generator)),
         exp_avg(zeros(is_8bit ? DType::uint8 : DType::float32, count)),
         exp_avg_sq(exp_avg),
-        absmax(zeros(DType::float32, ceil_divide(count, adamw8bit_block_size))),
+        absmax(zeros(DType::float32, ceil_divide(count, state_block_size))),
         absmax_sq(absmax) {}
 
   static HostTensor zeros(DType dtype, std::int64_t size) {
@@ -38,16 +39,16 @@ class CpuAdamWNumbers : public testing::TestWithParam<bool> {
   Generator generator{61};
   Trained trained{is_8bit, generator};
 
-  void run(Trained& t, const AdamWStep& step, bool is_counted = false) {
+  void run(Trained& t, const OptimizerStep& step, bool is_counted = false) {
     const TensorView step_count = is_counted ? t.step_count.view() : TensorView{};
     if (is_8bit) {
-      const AdamW8bitTensor tensor{t.param.view(),  t.grad.view(),       t.exp_avg.view(),
-                                   t.absmax.view(), t.exp_avg_sq.view(), t.absmax_sq.view(),
-                                   step_count};
-      adamw8bit_step(std::span(&tensor, 1), step, {.num_threads = 2});
+      const OptimizerTensor tensor =
+          with_8bit_state(t.param.view(), t.grad.view(), t.exp_avg.view(), t.absmax.view(),
+                          t.exp_avg_sq.view(), t.absmax_sq.view(), step_count);
+      adamw_step(std::span(&tensor, 1), step, {.num_threads = 2});
     } else {
-      const AdamWTensor tensor{t.param.view(), t.grad.view(), t.exp_avg.view(), t.exp_avg_sq.view(),
-                               step_count};
+      const OptimizerTensor tensor = with_32bit_state(
+          t.param.view(), t.grad.view(), t.exp_avg.view(), t.exp_avg_sq.view(), step_count);
       adamw_step(std::span(&tensor, 1), step, {.num_threads = 2});
     }
   }
@@ -56,7 +57,7 @@ class CpuAdamWNumbers : public testing::TestWithParam<bool> {
 TEST_P(CpuAdamWNumbers, ALearningRateInMemoryTakesThePlaceOfTheOther) {
   Trained expected = trained;
   HostTensor lr(DType::float32, {1}, {0.25});
-  AdamWStep step;
+  OptimizerStep step;
   step.lr = 0.25;
   run(expected, step);
   step.lr = 7.0;
@@ -69,7 +70,7 @@ TEST_P(CpuAdamWNumbers, AScaleOfTheGradientsIsUndone) {
   Trained expected = trained;
   HostTensor scale(DType::float32, {1}, {0x1p10});
   for (std::int64_t i = 0; i < count; ++i) trained.grad.set(i, 0x1p10 * expected.grad[i]);
-  AdamWStep step;
+  OptimizerStep step;
   step.maximize = true;
   run(expected, step);
   step.grad_scale = scale.view();
@@ -82,7 +83,7 @@ TEST_P(CpuAdamWNumbers, AScaleIsUndoneByItsRoundedReciprocal) {
   HostTensor scale(DType::float32, {1}, {3.0});
   const double reciprocal = reference::round_to(reference::float32_format, 1.0 / 3.0);
   for (std::int64_t i = 0; i < count; ++i) expected.grad.set(i, reciprocal * trained.grad[i]);
-  AdamWStep step;
+  OptimizerStep step;
   run(expected, step);
   step.grad_scale = scale.view();
   run(trained, step);
@@ -91,7 +92,7 @@ TEST_P(CpuAdamWNumbers, AScaleIsUndoneByItsRoundedReciprocal) {
 
 TEST_P(CpuAdamWNumbers, ACountOfStepsTakesThePlaceOfTheOtherAndGoesOn) {
   Trained expected = trained;
-  AdamWStep step;
+  OptimizerStep step;
   step.step = 7;
   run(expected, step);
   step.step = 1;
@@ -108,7 +109,7 @@ TEST_P(CpuAdamWNumbers, ACountOfStepsTakesThePlaceOfTheOtherAndGoesOn) {
 TEST_P(CpuAdamWNumbers, WhereInfWasFoundNothingIsDone) {
   const Trained before = trained;
   HostTensor found_inf(DType::float32, {1}, {1.0});
-  AdamWStep step;
+  OptimizerStep step;
   step.found_inf = found_inf.view();
   run(trained, step, true);
   EXPECT_TRUE(trained == before);

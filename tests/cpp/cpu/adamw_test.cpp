@@ -4,6 +4,7 @@
 
 #include "core/operations.h"
 #include "support/host_tensor.h"
+#include "support/optimizer_tensors.h"
 
 namespace qlora {
 namespace {
@@ -12,7 +13,7 @@ using reference::AdamWElement;
 
 constexpr AdamWElement::Numbers defaults = {1e-3, 0.9, 0.999, 1e-8, 1e-2};
 
-AdamWStep make_step(const AdamWElement::Numbers& numbers, std::int64_t t) {
+OptimizerStep make_step(const AdamWElement::Numbers& numbers, std::int64_t t) {
   return {{.lr = numbers.lr,
            .beta1 = numbers.beta1,
            .beta2 = numbers.beta2,
@@ -38,7 +39,9 @@ struct Trained {
     for (const double value : param.values()) elements.push_back({.param = value});
   }
 
-  AdamWTensor view() { return {param.view(), grad.view(), exp_avg.view(), exp_avg_sq.view()}; }
+  OptimizerTensor view() {
+    return with_32bit_state(param.view(), grad.view(), exp_avg.view(), exp_avg_sq.view());
+  }
 
   void draw_gradient(Generator& generator, double sign = 1.0) {
     std::normal_distribution<double> normal(0.0, 0.01);
@@ -84,7 +87,7 @@ TEST_P(CpuAdamWDtypes, EveryStepIsTheFormulaRoundedOnce) {
   for (std::int64_t t = 1; t <= 25; ++t) {
     SCOPED_TRACE(t);
     trained.draw_gradient(generator);
-    const AdamWTensor tensor = trained.view();
+    const OptimizerTensor tensor = trained.view();
     adamw_step(std::span(&tensor, 1), make_step(defaults, t), {});
     trained.step_reference(defaults, t);
     trained.expect_close();
@@ -106,7 +109,7 @@ TEST(CpuAdamW, AThousandStepsStayWithinFp32Rounding) {
   Trained trained(DType::float32, DType::float32, 64, generator);
   for (std::int64_t t = 1; t <= 1000; ++t) {
     trained.draw_gradient(generator);
-    const AdamWTensor tensor = trained.view();
+    const OptimizerTensor tensor = trained.view();
     adamw_step(std::span(&tensor, 1), make_step(numbers, t), {});
     trained.step_reference(numbers, t);
   }
@@ -128,7 +131,7 @@ TEST(CpuAdamW, OtherNumbersFollowTheFormulaToo) {
     Trained trained(DType::float32, DType::float32, 100, generator);
     for (std::int64_t t = 1; t <= 10; ++t) {
       trained.draw_gradient(generator);
-      const AdamWTensor tensor = trained.view();
+      const OptimizerTensor tensor = trained.view();
       adamw_step(std::span(&tensor, 1), make_step(numbers, t), {});
       trained.step_reference(numbers, t);
       trained.expect_close();
@@ -141,9 +144,9 @@ TEST(CpuAdamW, MaximizeIsAStepWithTheNegatedGradient) {
   Generator generator(19);
   Trained trained(DType::float32, DType::bfloat16, 100, generator);
   trained.draw_gradient(generator);
-  AdamWStep step = make_step(defaults, 1);
+  OptimizerStep step = make_step(defaults, 1);
   step.maximize = true;
-  const AdamWTensor tensor = trained.view();
+  const OptimizerTensor tensor = trained.view();
   adamw_step(std::span(&tensor, 1), step, {});
   trained.step_reference(defaults, 1, -1.0);
   trained.expect_close();
@@ -158,11 +161,11 @@ TEST(CpuAdamW, AListIsStepsOfItsMembers) {
     together.back().draw_gradient(generator);
   }
   alone = together;
-  std::vector<AdamWTensor> list;
+  std::vector<OptimizerTensor> list;
   for (Trained& trained : together) list.push_back(trained.view());
   adamw_step(list, make_step(defaults, 1), {.num_threads = 3});
   for (std::size_t i = 0; i < alone.size(); ++i) {
-    const AdamWTensor tensor = alone[i].view();
+    const OptimizerTensor tensor = alone[i].view();
     adamw_step(std::span(&tensor, 1), make_step(defaults, 1), {});
     EXPECT_EQ(together[i].param.bytes(), alone[i].param.bytes()) << "tensor " << i;
     EXPECT_EQ(together[i].exp_avg.bytes(), alone[i].exp_avg.bytes()) << "tensor " << i;
@@ -175,7 +178,7 @@ TEST(CpuAdamW, ANaNGradientReachesItsElementAlone) {
   Trained trained(DType::float32, DType::float32, 9, generator);
   trained.draw_gradient(generator);
   trained.grad.set(4, std::nan(""));
-  const AdamWTensor tensor = trained.view();
+  const OptimizerTensor tensor = trained.view();
   adamw_step(std::span(&tensor, 1), make_step(defaults, 1), {});
   for (std::int64_t i = 0; i < 9; ++i) EXPECT_EQ(std::isnan(trained.param[i]), i == 4);
 }

@@ -1,6 +1,7 @@
 // Every operation gives the same bits for any number of threads. The sizes are such that seven
 // threads have work.
 #include "core/operations.h"
+#include "support/optimizer_tensors.h"
 #include "support/stored_weight.h"
 
 namespace qlora {
@@ -88,11 +89,12 @@ TEST_P(CpuThreadCount, DoesNotChangeAdamW) {
     HostTensor codes_sq(DType::uint8, {count}, std::vector<double>(count, 0.0));
     HostTensor absmax(DType::float32, {blocks}, std::vector<double>(blocks, 0.0));
     HostTensor absmax_sq = absmax;
-    const AdamWTensor tensor = {param.view(), grad.view(), m.view(), v.view()};
-    const AdamW8bitTensor tensor8bit = {param8bit.view(), grad.view(),     codes.view(),
-                                        absmax.view(),    codes_sq.view(), absmax_sq.view()};
+    const OptimizerTensor tensor = with_32bit_state(param.view(), grad.view(), m.view(), v.view());
+    const OptimizerTensor tensor8bit =
+        with_8bit_state(param8bit.view(), grad.view(), codes.view(), absmax.view(), codes_sq.view(),
+                        absmax_sq.view());
     adamw_step(std::span(&tensor, 1), {}, context);
-    adamw8bit_step(std::span(&tensor8bit, 1), {}, context);
+    adamw_step(std::span(&tensor8bit, 1), {}, context);
     return std::vector<Bytes>{param.bytes(), m.bytes(),      v.bytes(),        param8bit.bytes(),
                               codes.bytes(), absmax.bytes(), codes_sq.bytes(), absmax_sq.bytes()};
   });

@@ -23,7 +23,7 @@ class CudaAdamW8bit : public testing::Test {
     for (std::size_t i = 0; i < gradients.size(); ++i) {
       p.grad.set(static_cast<std::int64_t>(i), gradients[i]);
     }
-    AdamWStep step;
+    OptimizerStep step;
     step.beta1 = 0.0;
     std::vector<Parameter> list = {std::move(p)};
     DeviceList on_device(list);

@@ -85,7 +85,7 @@ TEST(AdamWChunks, TheQuadsOfAChunkAreItsElements) {
 }
 
 TEST(AdamWChunks, TheQuadsOfAWarpAreItsBlock) {
-  std::vector<int> owners(adamw8bit_block_size);
+  std::vector<int> owners(state_block_size);
   for (int q = 0; q < quads_per_lane; ++q) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < elements_per_quad; ++i) {
@@ -93,7 +93,7 @@ TEST(AdamWChunks, TheQuadsOfAWarpAreItsBlock) {
       }
     }
   }
-  EXPECT_EQ(owners, std::vector<int>(adamw8bit_block_size, 1));
+  EXPECT_EQ(owners, std::vector<int>(state_block_size, 1));
 }
 
 }  // namespace

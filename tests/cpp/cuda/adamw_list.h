@@ -9,6 +9,7 @@
 #include "core/operations.h"
 #include "format/nf4_layout.h"
 #include "support/host_tensor.h"
+#include "support/optimizer_tensors.h"
 
 namespace qlora {
 
@@ -49,7 +50,7 @@ inline void fill_spread(HostTensor& tensor, Generator& generator) {
 
 inline Parameter make_parameter(const ParameterKind& kind, std::int64_t count,
                                 Generator& generator) {
-  const std::int64_t blocks = ceil_divide(count, adamw8bit_block_size);
+  const std::int64_t blocks = ceil_divide(count, state_block_size);
   const DType state = kind.is_8bit ? DType::uint8 : DType::float32;
   Parameter p{.param = HostTensor(kind.param, {count}),
               .grad = HostTensor(kind.grad, {count}),
@@ -76,23 +77,19 @@ inline void draw_gradient(Parameter& p, std::int64_t t, Generator& generator) {
 
 using Views = std::array<TensorView, Parameter::tensor_count>;
 
-inline AdamWTensor as_32bit(const Views& v) { return {v[0], v[1], v[2], v[3], v[6]}; }
-inline AdamW8bitTensor as_8bit(const Views& v) {
-  return {v[0], v[1], v[2], v[4], v[3], v[5], v[6]};
+inline OptimizerTensor as_32bit(const Views& v) {
+  return with_32bit_state(v[0], v[1], v[2], v[3], v[6]);
+}
+inline OptimizerTensor as_8bit(const Views& v) {
+  return with_8bit_state(v[0], v[1], v[2], v[4], v[3], v[5], v[6]);
 }
 
 /// Steps a list of parameters that these views are of, all with one kind of state.
-inline void step_list(const std::vector<Views>& list, bool is_8bit, const AdamWStep& step,
+inline void step_list(const std::vector<Views>& list, bool is_8bit, const OptimizerStep& step,
                       void* stream = nullptr) {
-  if (is_8bit) {
-    std::vector<AdamW8bitTensor> tensors(list.size());
-    std::transform(list.begin(), list.end(), tensors.begin(), as_8bit);
-    adamw8bit_step(tensors, step, {.stream = stream});
-  } else {
-    std::vector<AdamWTensor> tensors(list.size());
-    std::transform(list.begin(), list.end(), tensors.begin(), as_32bit);
-    adamw_step(tensors, step, {.stream = stream});
-  }
+  std::vector<OptimizerTensor> tensors(list.size());
+  std::transform(list.begin(), list.end(), tensors.begin(), is_8bit ? as_8bit : as_32bit);
+  adamw_step(tensors, step, {.stream = stream});
 }
 
 inline std::vector<Views> cpu_views(std::vector<Parameter>& list) {
@@ -167,8 +164,8 @@ class DeviceList {
 };
 
 /// Steps that differ in everything but their tensors.
-inline AdamWStep step_number(std::int64_t t) {
-  AdamWStep step;
+inline OptimizerStep step_number(std::int64_t t) {
+  OptimizerStep step;
   step.step = t;
   step.lr = 0.01 * static_cast<double>(t);
   step.maximize = t % 2 == 0;

@@ -16,7 +16,7 @@ constexpr std::int64_t odd_sizes[] = {0, 1, 3, 255, 256, 257, 1000, 0, 4095, 409
 
 /// What is left of the rule where p = 0, m = 1 and lr = 1 is -1 / (sqrt(v) / divisor).
 void expect_same_quotient(float v, float divisor) {
-  AdamWRule rule{AdamWNumbers{}};
+  AdamWRule rule{OptimizerNumbers{}};
   rule.one_minus_beta1 = 0.0f;
   rule.beta2 = 1.0f;
   rule.step_size = 1.0f;
@@ -160,13 +160,13 @@ TEST_P(CudaAdamW, NumbersOnTheDeviceAreThoseOfTheHost) {
       }
     }
     on_device.set_gradients(counted);
-    AdamWStep step = step_number(t);
+    OptimizerStep step = step_number(t);
     lr.set(0, step.lr);
     step.lr = lr[0];  // as fp32
     step_list(cpu_views(list), is_8bit, step);
 
     scale.set(0, 0x1p7);
-    AdamWStep read = step;
+    OptimizerStep read = step;
     read.lr = 77.0;
     read.step = 1;
     read.lr_tensor = on_cuda(lr.view());
@@ -196,7 +196,7 @@ TEST_P(CudaAdamW, AGradientScaleOfAnySizeHasTheCpuBits) {
   for (Parameter& p : list) draw_gradient(p, 1, generator);
   on_device.set_gradients(list);
   HostTensor scale(DType::float32, {1}, {3.0});
-  AdamWStep step = step_number(2);
+  OptimizerStep step = step_number(2);
   step.grad_scale = scale.view();
   step_list(cpu_views(list), is_8bit, step);
   step.grad_scale = on_cuda(scale.view());
@@ -211,7 +211,7 @@ TEST_P(CudaAdamW, AStepThatFoundInfDoesNothing) {
     DeviceList on_device(list);
     for (const double found : {1.0, std::nan("")}) {
       HostTensor found_inf(DType::float32, {1}, {found});
-      AdamWStep step = step_number(1);
+      OptimizerStep step = step_number(1);
       step.found_inf = on_cuda(found_inf.view());
       step_list(on_device.views(), is_8bit, step);
       EXPECT_TRUE(on_device.equals(list));
@@ -266,7 +266,7 @@ TEST_P(CudaAdamW, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
   }
   DeviceList on_device(list);
   HostTensor lr(DType::float32, {1});
-  AdamWStep step = step_number(1);
+  OptimizerStep step = step_number(1);
   step.lr_tensor = on_cuda(lr.view());
   emulator::device().is_out_of_memory = true;
   EXPECT_THROW(step_list(on_device.views(), is_8bit, step), OutOfMemory);

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "cuda/device_memory.h"
+#include "support/optimizer_tensors.h"
 
 namespace qlora {
 namespace {
@@ -234,9 +235,10 @@ TEST_P(CudaDtypeOperations, AdamWStepsAListOfTensorsToTheCpuBits) {
   }
   std::vector<State> actual = expected;
   const auto run = [](std::vector<State>& states, auto&& place) {
-    std::vector<AdamWTensor> tensors;
+    std::vector<OptimizerTensor> tensors;
     for (State& s : states) {
-      tensors.push_back({place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_sq)});
+      tensors.push_back(
+          with_32bit_state(place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_sq)));
     }
     for (const std::int64_t t : {1, 2}) adamw_step(tensors, {{.step = t}, {}, {}, {}}, {});
   };
@@ -258,7 +260,7 @@ TEST_P(CudaDtypeOperations, AdamW8bitStepsAListOfTensorsToTheCpuBits) {
   };
   std::vector<State> expected;
   for (const std::int64_t count : adamw_counts) {
-    const std::int64_t blocks = (count + adamw8bit_block_size - 1) / adamw8bit_block_size;
+    const std::int64_t blocks = (count + state_block_size - 1) / state_block_size;
     HostTensor zero_codes = zeros(DType::uint8, count);
     for (std::uint8_t& code : zero_codes.bytes()) code = 127;  // 0 in the signed map
     expected.push_back({HostTensor::random(dtype, {count}, generator),
@@ -268,12 +270,13 @@ TEST_P(CudaDtypeOperations, AdamW8bitStepsAListOfTensorsToTheCpuBits) {
   }
   std::vector<State> actual = expected;
   const auto run = [](std::vector<State>& states, auto&& place) {
-    std::vector<AdamW8bitTensor> tensors;
+    std::vector<OptimizerTensor> tensors;
     for (State& s : states) {
-      tensors.push_back({place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_absmax),
-                         place(s.exp_avg_sq), place(s.exp_avg_sq_absmax)});
+      tensors.push_back(with_8bit_state(place(s.param), place(s.grad), place(s.exp_avg),
+                                        place(s.exp_avg_absmax), place(s.exp_avg_sq),
+                                        place(s.exp_avg_sq_absmax)));
     }
-    for (const std::int64_t t : {1, 2}) adamw8bit_step(tensors, {{.step = t}, {}, {}, {}}, {});
+    for (const std::int64_t t : {1, 2}) adamw_step(tensors, {{.step = t}, {}, {}, {}}, {});
   };
   run(expected, [](HostTensor& tensor) { return tensor.view(); });
   {

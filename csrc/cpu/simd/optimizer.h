@@ -2,8 +2,8 @@
 #pragma once
 
 #include "core/operations.h"
-#include "cpu/simd/adamw_rule.h"
 #include "cpu/simd/float_type.h"
+#include "cpu/simd/optimizer_rules.h"
 
 namespace qlora::simd {
 
@@ -13,12 +13,12 @@ namespace qlora::simd {
 inline constexpr std::int64_t prefetch_distance = 256;
 
 template <typename Simd>
-QLORA_INLINE void adamw_step(const AdamWTensor& tensor, const AdamWRule& rule, std::int64_t begin,
-                             std::int64_t end) {
+QLORA_INLINE void adamw_step(const OptimizerTensor& tensor, const AdamWRule& rule,
+                             std::int64_t begin, std::int64_t end) {
   using Floats = typename Simd::Floats;
   const AdamWVectorRule<Simd> update(rule);
-  float* const exp_avg = tensor.exp_avg.as<float>();
-  float* const exp_avg_sq = tensor.exp_avg_sq.as<float>();
+  float* const exp_avg = tensor.state.exp_avg.as<float>();
+  float* const exp_avg_sq = tensor.state.exp_avg_sq.as<float>();
   simd::with_float_type(tensor.param.dtype, [&]<typename P>(P) {
     simd::with_float_type(tensor.grad.dtype, [&]<typename G>(G) {
       P* const param = tensor.param.as<P>();

@@ -8,9 +8,9 @@
 #include <limits>
 
 #include "core/operations.h"
-#include "cpu/simd/adamw_rule.h"
 #include "cpu/simd/dynamic_map_tables.h"
 #include "cpu/simd/float_type.h"
+#include "cpu/simd/optimizer_rules.h"
 
 namespace qlora::simd {
 
@@ -34,17 +34,17 @@ struct AdamW8bitBlock {
 /// Room for the short last block of a tensor. Beyond its elements are zeros.
 template <typename P, typename G>
 struct PaddedBlock {
-  P param[adamw8bit_block_size] = {};
-  G grad[adamw8bit_block_size] = {};
-  std::uint8_t exp_avg[adamw8bit_block_size] = {};
-  std::uint8_t exp_avg_sq[adamw8bit_block_size] = {};
+  P param[state_block_size] = {};
+  G grad[state_block_size] = {};
+  std::uint8_t exp_avg[state_block_size] = {};
+  std::uint8_t exp_avg_sq[state_block_size] = {};
 };
 
 /// An updated block whose moments wait to be encoded.
 template <typename Simd>
 struct AdamW8bitMoments {
-  alignas(64) float exp_avg[adamw8bit_block_size];
-  alignas(64) float exp_avg_sq[adamw8bit_block_size];
+  alignas(64) float exp_avg[state_block_size];
+  alignas(64) float exp_avg_sq[state_block_size];
   float absmax, absmax_sq;
 };
 
@@ -66,7 +66,7 @@ class AbsoluteMaximum {
 inline constexpr int registers_per_group = 4;
 
 // Two blocks ahead, in elements: 1.5 ms of 11.6 on 16.8 M fp32 parameters, two threads.
-inline constexpr std::int64_t prefetch_distance_8bit = 2 * adamw8bit_block_size;
+inline constexpr std::int64_t prefetch_distance_8bit = 2 * state_block_size;
 
 /// Of the elements of a group at `p`.
 template <typename Simd, typename T>
@@ -204,7 +204,7 @@ class MomentEncoder {
 /// Calls `function(first)` for the first element of every group of a block.
 template <typename Simd, typename... Steps>
 QLORA_INLINE void for_each_group(Steps&&... steps) {
-  for (std::int64_t i = 0; i < adamw8bit_block_size; i += registers_per_group * Simd::lanes) {
+  for (std::int64_t i = 0; i < state_block_size; i += registers_per_group * Simd::lanes) {
     (steps.group(i), ...);
   }
 }
@@ -213,7 +213,7 @@ QLORA_INLINE void for_each_group(Steps&&... steps) {
 template <typename Simd, typename Moment>
 void encode_moment(const float* moment, float absmax, std::uint8_t* codes) {
   if (absmax == 0.0f) {
-    std::memset(codes, Moment::zero_code, adamw8bit_block_size);
+    std::memset(codes, Moment::zero_code, state_block_size);
   } else if (has_finite_reciprocal(absmax)) {
     for_each_group<Simd>(MomentEncoder<Simd, Moment, false>(moment, 1.0f / absmax, codes));
   } else {
@@ -297,30 +297,30 @@ class BlockStepper {
 
 /// Blocks [begin, end) of `tensor`, whose last may be short.
 template <typename Simd, typename P, typename G>
-QLORA_INLINE void step_blocks(const AdamW8bitTensor& tensor, const AdamWRule& rule,
+QLORA_INLINE void step_blocks(const OptimizerTensor& tensor, const AdamWRule& rule,
                               std::int64_t begin, std::int64_t end) {
   BlockStepper<Simd, P, G> stepper(rule);
-  float* const absmax = tensor.exp_avg_absmax.as<float>();
-  float* const absmax_sq = tensor.exp_avg_sq_absmax.as<float>();
+  float* const absmax = tensor.state.exp_avg_absmax.as<float>();
+  float* const absmax_sq = tensor.state.exp_avg_sq_absmax.as<float>();
   const auto block_at = [&](std::int64_t b) {
-    const std::int64_t first = b * adamw8bit_block_size;
+    const std::int64_t first = b * state_block_size;
     return AdamW8bitBlock<P, G>{tensor.param.as<P>() + first, tensor.grad.as<const G>() + first,
-                                tensor.exp_avg.as<std::uint8_t>() + first,
-                                tensor.exp_avg_sq.as<std::uint8_t>() + first};
+                                tensor.state.exp_avg.as<std::uint8_t>() + first,
+                                tensor.state.exp_avg_sq.as<std::uint8_t>() + first};
   };
-  const std::int64_t whole_count = tensor.param.numel() / adamw8bit_block_size;
+  const std::int64_t whole_count = tensor.param.numel() / state_block_size;
   for (std::int64_t b = begin; b < std::min(end, whole_count); ++b) {
     stepper.step(block_at(b), absmax[b], absmax_sq[b]);
   }
   stepper.finish();
   if (end > whole_count) {
-    stepper.step_short(block_at(whole_count), tensor.param.numel() % adamw8bit_block_size,
+    stepper.step_short(block_at(whole_count), tensor.param.numel() % state_block_size,
                        absmax[whole_count], absmax_sq[whole_count]);
   }
 }
 
 template <typename Simd>
-QLORA_INLINE void adamw8bit_step(const AdamW8bitTensor& tensor, const AdamWRule& rule,
+QLORA_INLINE void adamw8bit_step(const OptimizerTensor& tensor, const AdamWRule& rule,
                                  std::int64_t begin, std::int64_t end) {
   simd::with_float_type(tensor.param.dtype, [&]<typename P>(P) {
     simd::with_float_type(tensor.grad.dtype, [&]<typename G>(G) {
