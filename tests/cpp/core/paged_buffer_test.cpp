@@ -149,7 +149,7 @@ TEST(PagedBuffer, ARangeMeansThePagesThatItTouches) {
       [&] { pages.prefetch_to_host({4 * page_bytes, 1}, nullptr); });
   expect_invalid(
       "PagedBuffer.prefetch_to_device: the range is 1 bytes from -1 on, want a part of "
-      "the 262144 bytes",
+      "the 16384 bytes",
       [&] { pages.prefetch_to_device({-1, 1}, nullptr); });
 }
 
