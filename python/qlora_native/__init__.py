@@ -18,7 +18,7 @@ from qlora_native.nn import (
     set_lora,
     unmerge_lora,
 )
-from qlora_native.optim import PagedAdamW, PagedAdamW8bit
+from qlora_native.optim import PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit
 
 __version__: str = _core.build_info()["version"]
 
@@ -31,6 +31,8 @@ __all__ = [
     "NF4Weight",
     "PagedAdamW",
     "PagedAdamW8bit",
+    "PagedLion",
+    "PagedLion8bit",
     "__version__",
     "add_lora",
     "build_info",

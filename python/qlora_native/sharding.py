@@ -7,6 +7,7 @@ torch.distributed.tensor.
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_native.ops.storage import PLAIN_TYPES
@@ -24,6 +25,39 @@ def local_part(tensor: Tensor) -> Tensor:
     part: Any = tensor.to_local()
     # A collective may still be writing it (AsyncCollectiveTensor).
     return part.wait() if hasattr(part, "trigger_wait") else part
+
+
+def as_shard_of(part: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
+    """The sharded tensor of `shape` whose part on this rank is `part`, placed as `like` is.
+
+    It shares the part's memory, also where that is not on the mesh's kind of device, as with
+    FSDP2's offloading to the CPU.
+    """
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    stride = torch.empty(shape, device="meta").stride()
+    if part.device.type == mesh.device_type:
+        return DTensor.from_local(
+            part, mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+    stand_in = torch.empty_like(part, device="meta")
+    sharded: Any = DTensor.from_local(
+        stand_in.to(mesh.device_type), mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+    sharded._local_tensor = part  # from_local would copy it to the mesh's device
+    return sharded
+
+
+def shard_index(tensor: Tensor) -> int:
+    """Which part of a sharded tensor is this rank's: one number for each, and for its copies."""
+    if not is_sharded(tensor):
+        return 0
+    coordinate, index = tensor.device_mesh.get_coordinate(), 0
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            index = index * tensor.device_mesh.size(dimension) + coordinate[dimension]
+    return index
 
 
 def as_placed(tensor: Tensor, like: Tensor) -> Tensor:

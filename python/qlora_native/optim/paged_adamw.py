@@ -1,21 +1,16 @@
-"""PagedAdamW: AdamW in one native call for a list of parameters."""
+"""PagedAdamW: AdamW in one native call for a list of parameters, with state in pages."""
 
-import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qlora_native.optim.adamw_state import check_state, own_copy
-from qlora_native.optim.adamw_step import Scaling, check_capture, make_batches, run_batch
-
-_SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize")
-_CPU = torch.device("cpu")
+from qlora_native.optim.paged_optimizer import PAGE_BYTES, PagedOptimizer
 
 
-class PagedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with fp32 state.
+class PagedAdamW(PagedOptimizer):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with fp32 state in pages.
 
     For each parameter p with gradient g, at step t, in fp32 whatever their dtype:
 
@@ -25,17 +20,8 @@ class PagedAdamW(torch.optim.Optimizer):
         p <- p - lr / (1 - beta1^t) · m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     which is `torch.optim.AdamW`, to fp32 rounding. A state dict of either loads into the other,
-    with one difference: this class keeps the moments in fp32 for 16-bit parameters too.
-
-    Parameters are on the CPU or on CUDA devices, which give the same bits; on a device, a step of
-    any number of parameters is one launch or a few, on the current stream, and waits for nothing.
-    State is not paged yet: it is in ordinary memory of the parameter's device. Of a sharded
-    parameter (DTensor, as FSDP2 makes them) each rank steps its own part.
-
-    A `torch.amp.GradScaler` steps it as it does torch's fused optimisers, without waiting for the
-    device: the gradients are unscaled inside the step, and stay as they are; a step that found an
-    Inf or NaN changes nothing, and does not count. To know that, the device keeps the step counts
-    from the first such step on: `state[p]["step"]` is then on the parameter's device.
+    with one difference: this class keeps the moments in fp32 for 16-bit parameters too. One of
+    bitsandbytes' AdamW loads here. `PagedOptimizer` says what all of these optimisers do.
 
     Args:
         params: parameters or groups, as for every torch optimiser.
@@ -45,16 +31,27 @@ class PagedAdamW(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled.
         maximize: step up the gradient instead of down.
-        capturable: keep the step counts on the parameters' device, so that a CUDA graph can capture
-            `step` (once a step outside has made the state) and a replay counts. Other numbers than
-            a CUDA tensor `lr` are those of the capture.
+        amsgrad: not done; True raises.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that the expected
+            value is that before rounding (Gupta et al. 2015): updates of less than half a last place
+            are not lost. The seed is drawn from torch's generator and kept in the group as
+            `rounding_seed`, so that a resumed run goes on with the same bits.
+        page_bytes: of a page; rounded down to what the kernels can cut.
+        resident_bytes: the most device memory that state may take, of two pages at least, on each
+            device; None lets the driver decide. On a CPU it is for a page_file, and the most memory.
+        paging: on CUDA "managed" (unified memory), "pinned" (page-locked host memory, and two or
+            three pages of device memory) or "automatic": managed where the device can.
+        page_file: on a CPU, a directory in which state is kept as a file that has no name and is gone
+            with the optimiser. It may exceed the memory. Room is reserved at once.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or an argument is for another kind of device.
+        NotImplementedError: amsgrad.
+        OSError: the page file cannot be made, or the disk has no room.
     """
 
-    # Asks a GradScaler for the attributes grad_scale and found_inf instead of its own handling.
-    _step_supports_amp_scaling = True
+    _rule = "adamw"
+    _settings = ("lr", "betas", "eps", "weight_decay", "maximize")
 
     def __init__(
         self,
@@ -65,7 +62,12 @@ class PagedAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        capturable: bool = False,
+        amsgrad: bool = False,
+        stochastic_rounding: bool = False,
+        page_bytes: int = PAGE_BYTES,
+        resident_bytes: int | None = None,
+        paging: str = "automatic",
+        page_file: str | os.PathLike[str] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -73,148 +75,15 @@ class PagedAdamW(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
-            "capturable": capturable,
+            "amsgrad": amsgrad,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": None,
         }
-        super().__init__(params, defaults)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """What copy, pickle and load_state_dict restore; older state has no `capturable`."""
-        super().__setstate__(state)
-        capturable = self.defaults.setdefault("capturable", False)
-        for group in self.param_groups:
-            group.setdefault("capturable", capturable)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with settings of their own where the group has them."""
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; returns the closure's loss.
-
-        Raises:
-            ValueError: a gradient is sparse or does not fit its parameter, a parameter is of no
-                float dtype that the core has, or a number is out of its range. Nothing has then
-                been updated.
-            NotImplementedError: a parameter is on a device that has no such operation, or on a CUDA
-                device that this build cannot use.
-            RuntimeError: a CUDA graph is captured, without `capturable` or before the first step.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        name = type(self).__name__
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        # All groups are checked before the first is updated.
-        batches = []
-        for group in self.param_groups:
-            self._check_group(group)
-            batches += make_batches(name, group, self.state, self._keeps_8bit_state, scaling)
-        check_capture(name, batches, self.state)
-        for batch in batches:
-            run_batch(batch, self.state, scaling)
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of this class or, in 32 bits, of `torch.optim.AdamW`.
-
-        The moments are kept in fp32 (8-bit codes: as they are), whatever the parameter's dtype.
-
-        Raises:
-            ValueError: the state is of another kind of optimiser, or of parameters of other shapes.
-                Nothing is then loaded.
-        """
-        # torch casts a parameter's state to the parameter's dtype, which would ruin fp32 moments of
-        # 16-bit parameters and 8-bit codes alike. What it was given is kept by a hook, which runs
-        # after the user's own, and put in place again.
-        given: dict[str, Any] = {}
-
-        def keep(_: torch.optim.Optimizer, final_state_dict: dict[str, Any]) -> None:
-            self._check_state_dict(final_state_dict)
-            given.update(final_state_dict)
-
-        hook = self.register_load_state_dict_pre_hook(keep)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-        for group, param, state in self._pair_with_parameters(given):
-            step_device = param.device if group["capturable"] else _CPU
-            self.state[param] = own_copy(state, param.device, step_device)
-
-    # ---- what a kind of state decides
-
-    def _keeps_8bit_state(self, param: Tensor) -> bool:
-        return False
-
-    def _check_state(self, where: str, param: Tensor, state: dict[str, Any]) -> None:
-        check_state(where, param, state, self._keeps_8bit_state(param))
-
-    # ---- checks
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        name = type(self).__name__
-        for key in ("lr", "eps", "weight_decay"):
-            if isinstance(group[key], Tensor) and group[key].is_cuda:
-                if key == "lr":
-                    continue  # to look at it would wait for the device
-                raise ValueError(
-                    f"{name}: {key} is a tensor on {group[key].device}, want a number: only lr is "
-                    "read on a device"
-                )
-            if not 0.0 <= float(group[key]) < math.inf:
-                raise ValueError(
-                    f"{name}: {key} is {group[key]}, want a finite number of at least 0"
-                )
-        if len(group["betas"]) != 2:
-            raise ValueError(f"{name}: betas is {group['betas']}, want two numbers")
-        for i, beta in enumerate(group["betas"]):
-            if isinstance(beta, Tensor) and beta.is_cuda:
-                raise ValueError(
-                    f"{name}: betas[{i}] is a tensor on {beta.device}, want a number: only lr is "
-                    "read on a device"
-                )
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"{name}: betas[{i}] is {beta}, want 0 <= beta < 1")
-
-    def _pair_with_parameters(
-        self, state_dict: dict[str, Any]
-    ) -> list[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
-        """The parameters, in order, that `state_dict` has a state for: group, parameter, state."""
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [(group, param) for group in self.param_groups for param in group["params"]]
-        states = state_dict["state"]
-        return [(*p, states[i]) for i, p in zip(ids, params, strict=True) if states.get(i)]
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        name = type(self).__name__
-        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-        own_sizes = [len(group["params"]) for group in self.param_groups]
-        if sizes != own_sizes:
-            raise ValueError(
-                f"{name}: the state dict has groups of {sizes} parameters, want {own_sizes}"
-            )
-        for group in state_dict["param_groups"]:
-            missing = [name for name in _SETTINGS if name not in group]
-            if missing:
-                raise ValueError(
-                    f"{name}: the state dict is of another kind of optimiser: a group has no "
-                    + ", ".join(missing)
-                )
-            if group.get("amsgrad"):
-                raise ValueError(
-                    f"{name}: the state dict is of AdamW with amsgrad, which is not done here"
-                )
-            if group.get("decoupled_weight_decay") is False:
-                raise ValueError(
-                    f"{name}: the state dict is of Adam, whose weight decay is not decoupled"
-                )
-            self._check_group(group)
-        for i, (_, param, state) in enumerate(self._pair_with_parameters(state_dict)):
-            self._check_state(f"{name}: state of parameter {i}", param, state)
+        super().__init__(
+            params,
+            defaults,
+            page_bytes=page_bytes,
+            resident_bytes=resident_bytes,
+            paging=paging,
+            page_file=page_file,
+        )

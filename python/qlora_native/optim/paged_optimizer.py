@@ -1,0 +1,314 @@
+"""What all optimisers with paged state are: groups, steps, state dicts, pages."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qlora_native import _core
+from qlora_native.optim.bitsandbytes_state import from_bitsandbytes, is_bitsandbytes_state
+from qlora_native.optim.gradients import check_steppable
+from qlora_native.optim.groups import check_group, complete_group
+from qlora_native.optim.paging_report import PagingReport, report_of
+from qlora_native.optim.shards import check_shards
+from qlora_native.optim.state_dicts import check_state_dict, pair_with_parameters, with_own_steps
+from qlora_native.optim.state_kind import StateKind, check_state
+from qlora_native.optim.state_pages import PagingOptions, Slot, StatePages
+from qlora_native.optim.step import Scaling, Stepped, make_calls, run_calls
+from qlora_native.sharding import is_sharded
+
+PAGE_BYTES = 32 << 20  # csrc/core/paged_buffer.h says why
+
+
+class PagedOptimizer(torch.optim.Optimizer):
+    """The base of PagedAdamW, PagedLion and their 8-bit forms.
+
+    **Pages.** All state is in pages that a device need not hold all at once; small parameters share
+    them. On CUDA they are unified memory: a step asks for page i + 1 while it updates page i and,
+    under `resident_bytes`, sends page i - 1 back to the host. State that fits is stepped at once. On a
+    CPU they are ordinary memory or, with `page_file`, a file that is mapped. A step does not wait for
+    the device. `paging_report()` says what was asked to be where.
+
+    **State** is made at the first step that a parameter has a gradient in, and shows in `state` as
+    tensors over the pages; what is written into them, or put in their place, is used. The step
+    counts are on the parameters' device, so that a step may be captured in a CUDA graph once one
+    outside has made the state, if the state is resident: that is, paging is 'managed' and
+    resident_bytes is None or no less than the state.
+
+    **What can be stepped.** float32, bfloat16 and float16 parameters in one list, on the CPU and on
+    CUDA devices, which give the same bits. Of a sharded parameter (DTensor, as FSDP2 makes them)
+    each rank steps its own part. A parameter without a gradient is left alone. A `GradScaler` steps
+    these optimisers as it does torch's fused ones, without waiting for the device: the gradients are
+    unscaled inside the step, and stay as they are; a step that found an Inf or NaN changes nothing,
+    and does not count. Else a NaN propagates as in torch; in 8-bit state it reaches its block of 256
+    elements and no further.
+
+    **Errors** of a step leave parameters and state as they were.
+
+    Subclasses say which rule steps a parameter, and which kind of state it has.
+    """
+
+    # Asks a GradScaler for the attributes grad_scale and found_inf instead of its own handling.
+    _step_supports_amp_scaling = True
+
+    _is_built = False
+    _rule: ClassVar[str]  # as the core calls it
+    _settings: ClassVar[tuple[str, ...]]  # that a group of this optimiser has
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        page_bytes: int,
+        resident_bytes: int | None,
+        paging: str,
+        page_file: str | os.PathLike[str] | None,
+    ) -> None:
+        directory = None if page_file is None else os.path.abspath(os.fspath(page_file))
+        self._pages = StatePages(PagingOptions(page_bytes, resident_bytes, paging, directory))
+        self._moved_before: list[_core.PagedReport] = []
+        super().__init__(params, complete_group(type(self).__name__, defaults))
+        self._reserve()
+
+    # ---- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own where the group has them.
+
+        With a page_file, room for their state is reserved now.
+        """
+        super().add_param_group(param_group)
+        try:
+            group = complete_group(type(self).__name__, self.param_groups[-1])
+            self.param_groups[-1] = group
+            check_group(type(self).__name__, self._settings, group)
+            if self._is_built:
+                self._reserve()
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _numbered(self) -> Iterator[tuple[int, Tensor]]:
+        """All parameters with their numbers, by which state dicts know them."""
+        return enumerate(param for group in self.param_groups for param in group["params"])
+
+    # ---- pages
+
+    def _kind_of(self, param: Tensor) -> StateKind:
+        kind = StateKind(self._rule, self._keeps_8bit_state(param))
+        if kind.is_8bit and is_sharded(param):
+            check_shards(type(self).__name__, param)
+        return kind
+
+    def _keeps_8bit_state(self, param: Tensor) -> bool:
+        return False
+
+    def _reserve(self) -> None:
+        """With a page file, give every parameter its place now, so that a full disk is told now."""
+        if self._pages.options.page_file is not None:
+            self._lay_out(param for _, param in self._numbered() if param.requires_grad)
+        self._is_built = True
+
+    def _lay_out(self, needed: Iterable[Tensor]) -> None:
+        """Have a place for the needed parameters, and for all that may be needed later."""
+        name, slots = type(self).__name__, self._pages.slots
+        needed = set(needed)
+        kinds = {param: self._kind_of(param) for param in needed}
+        if all(p in slots and slots[p].fits(p, kind) for p, kind in kinds.items()):
+            return
+        wanted, live = [], []
+        for number, param in self._numbered():
+            if not (param in needed or param in slots or param.requires_grad):
+                continue
+            check_steppable(name, param)
+            kind = self._kind_of(param)
+            slot = slots.get(param)
+            if slot is not None and slot.holds(self.state.get(param)):
+                if not slot.fits(param, kind):
+                    raise ValueError(
+                        f"{name}: parameter {number} was {list(slot.shape)} on {slot.device} when "
+                        f"its state was made, and is {list(param.shape)} on {param.device} now; "
+                        "move or resize parameters before the optimiser's first step"
+                    )
+                live.append(param)
+            wanted.append((number, param, kind))
+        self._pages.lay_out(wanted, live)
+        for param in live:
+            # In place: whoever holds the dict of a parameter sees its state.
+            self.state[param].update(self._pages.slots[param].views)
+
+    def _slot_of(self, param: Tensor) -> Slot:
+        """A parameter's place, with its state in it: as it is, as others put it, or fresh."""
+        slot = self._pages.slots[param]
+        state = self.state.get(param)
+        if state and not slot.holds(state):
+            check_state(f"{type(self).__name__}: state of a parameter", param, state, slot.kind)
+            slot.write(state)
+            state.update(slot.views)
+        return slot
+
+    def paging_report(self) -> PagingReport:
+        """The pages, what was asked to be where, and what the last step moved."""
+        return report_of(self._pages.buffers, self._moved_before)
+
+    # ---- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Update every parameter that has a gradient; returns the closure's loss.
+
+        Raises:
+            ValueError: a gradient is sparse or does not fit its parameter, a parameter is of no
+                float dtype that the core has, or was moved or resized since its first step, or a
+                number is out of its range.
+            NotImplementedError: a parameter is on a device that has no such operation, or on a CUDA
+                device that this build cannot use.
+            OSError: state was to be reserved in the page file, and cannot be.
+            RuntimeError: a CUDA graph is captured before the first step.
+            torch.OutOfMemoryError, MemoryError: there is no memory for state or scratch.
+
+        Nothing has then been updated.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        name = type(self).__name__
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        for group in self.param_groups:
+            check_group(name, self._settings, group)
+        stepped = self._gather()
+        # All groups are checked before the first is updated.
+        calls = make_calls(name, stepped, scaling)
+        fresh = [one for one in stepped if not self.state.get(one.param)]
+        for one in fresh:
+            one.slot.clear()
+            self.state[one.param].update(one.slot.views)
+        self._moved_before = [buffer.report() for buffer in self._pages.buffers]
+        try:
+            run_calls(calls)
+        except BaseException:
+            for one in fresh:
+                del self.state[one.param]
+            raise
+        return loss
+
+    def _gather(self) -> list[Stepped]:
+        """The parameters that have a gradient, each with its place."""
+        slots, states = self._pages.slots, self.state
+        with_gradient = [
+            (group, param, grad)
+            for group in self.param_groups
+            for param in group["params"]
+            if (grad := param.grad) is not None
+        ]
+        for _, param, _ in with_gradient:
+            slot = slots.get(param)
+            if slot is None or slot.shape != param.shape:
+                self._refuse_to_capture(param)
+                self._lay_out(param for _, param, _ in with_gradient)
+                slots = self._pages.slots
+                break
+        stepped = []
+        for group, param, grad in with_gradient:
+            slot = slots[param]
+            if not slot.holds(states.get(param)):
+                self._refuse_to_capture(param)
+                slot = self._slot_of(param)
+            stepped.append(Stepped(group, param, grad, slot))
+        return stepped
+
+    def _refuse_to_capture(self, param: Tensor) -> None:
+        if param.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: a CUDA graph is captured, and a parameter has no state "
+                "yet, which every replay would reset; take a step before the capture"
+            )
+
+    # ---- state dicts
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the step counts on the CPU; the moments are those in the pages."""
+        for buffer in self._pages.buffers:
+            if buffer.strategy == "pinned":  # copies to the host may still be on their way
+                torch.cuda.current_stream(torch.device(buffer.device)).synchronize()
+        return with_own_steps(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this class, of its like in torch or of its like in bitsandbytes.
+
+        The moments come into the pages, in fp32 (8-bit codes: as they are) whatever the parameter's
+        dtype, on the parameter's device.
+
+        Raises:
+            ValueError: the state is of another kind of optimiser, or of parameters of other shapes.
+
+        Nothing is then loaded.
+        """
+        if is_bitsandbytes_state(state_dict):
+            state_dict = from_bitsandbytes(state_dict)
+        # torch casts a parameter's state to the parameter's dtype, which would ruin fp32 moments of
+        # 16-bit parameters and 8-bit codes alike, and copies it once more. A hook, which runs after
+        # the user's own, takes it away, and another puts it into the pages.
+        loaded: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            check_state_dict(type(self).__name__, self._settings, self.param_groups, final)
+            pairs = pair_with_parameters(self.param_groups, final)
+            for i, (param, state) in enumerate(pairs):
+                self._check_state(f"{type(self).__name__}: state of parameter {i}", param, state)
+            # What is needed is taken before anything changes.
+            self._lay_out(param for param, _ in pairs)
+            loaded.extend(pairs)
+            return {**final, "state": {}}
+
+        def put(_: torch.optim.Optimizer) -> None:
+            for param, state in loaded:
+                slot = self._pages.slots[param]
+                slot.write(state)
+                self.state[param].update(slot.views)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_state(self, where: str, param: Tensor, state: dict[str, Any]) -> None:
+        kind = self._kind_of(param)
+        unknown = sorted(set(state) - set(kind.names))
+        if unknown:
+            raise ValueError(f"{where} has {sorted(state)}, want {sorted(kind.names)}")
+        check_state(where, param, state, kind)
+
+    # ---- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle keep: groups, state as ordinary tensors, and how it is paged."""
+        return {
+            **super().__getstate__(),
+            "state": {
+                param: {name: value.detach().clone() for name, value in state.items()}
+                for param, state in self.state.items()
+            },
+            "paging_options": self._pages.options,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What copy, pickle and load_state_dict restore. State goes into pages at the next step."""
+        options = state.pop("paging_options", None)
+        super().__setstate__(state)
+        if options is not None:
+            self._pages = StatePages(options)
+            self._moved_before = []
+            self._reserve()
+        for group in self.param_groups:
+            for key, value in complete_group(type(self).__name__, dict(self.defaults)).items():
+                group.setdefault(key, value)

@@ -1,0 +1,68 @@
+"""State dicts of optimisers: what they hold, and whether one fits an optimiser."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def with_own_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose step counts are tensors of their own, on the CPU.
+
+    torch's AdamW wants them there, and files want tensors that share no memory.
+    """
+    states = state_dict["state"]
+    counted = [i for i, state in states.items() if isinstance(state.get("step"), Tensor)]
+    devices = {states[i]["step"].device for i in counted}
+    steps = {}
+    for device in devices:  # one copy for all of a device's
+        there = [i for i in counted if states[i]["step"].device == device]
+        together = torch.stack([states[i]["step"].detach() for i in there]).cpu()
+        steps.update({i: step.clone() for i, step in zip(there, together, strict=True)})
+    own = {i: {**state, "step": steps[i]} if i in steps else state for i, state in states.items()}
+    return {**state_dict, "state": own}
+
+
+def pair_with_parameters(
+    param_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The parameters, in order, that `state_dict` has a state for, each with it."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [param for group in param_groups for param in group["params"]]
+    states = state_dict["state"]
+    return [(param, states[i]) for i, param in zip(ids, params, strict=True) if states.get(i)]
+
+
+def check_state_dict(
+    name: str,
+    settings: tuple[str, ...],
+    param_groups: list[dict[str, Any]],
+    state_dict: dict[str, Any],
+) -> None:
+    """Raise ValueError unless the groups are those of such an optimiser and of as many parameters."""
+    sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    own_sizes = [len(group["params"]) for group in param_groups]
+    if sizes != own_sizes:
+        raise ValueError(
+            f"{name}: the state dict has groups of {sizes} parameters, want {own_sizes}"
+        )
+    for group in state_dict["param_groups"]:
+        missing = [key for key in settings if key not in group]
+        if missing:
+            raise ValueError(
+                f"{name}: the state dict is of another kind of optimiser: a group has no "
+                + ", ".join(missing)
+            )
+        if "eps" in group and "eps" not in settings:
+            raise ValueError(
+                f"{name}: the state dict is of another kind of optimiser: a group has eps, "
+                "which Lion has not"
+            )
+        if group.get("amsgrad"):
+            raise ValueError(
+                f"{name}: the state dict is of AdamW with amsgrad, which is not done here"
+            )
+        if group.get("decoupled_weight_decay") is False:
+            raise ValueError(
+                f"{name}: the state dict is of Adam, whose weight decay is not decoupled"
+            )

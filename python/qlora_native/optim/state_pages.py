@@ -1,0 +1,210 @@
+"""The state of an optimiser's parameters in the core's pages.
+
+All parameters of a device with state of one kind lie one after another in one `_core.PagedState`, in
+the order of the optimiser's groups; small ones share pages. What `optimizer.state` shows are tensors
+over that memory.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_native import _core
+from qlora_native.ops.storage import execution
+from qlora_native.optim.state_kind import BLOCK, StateKind, block_count
+from qlora_native.sharding import as_shard_of, is_sharded, local_part
+
+
+class PagingOptions(NamedTuple):
+    """How an optimiser's state is kept; `qlora_native.optim.PagedOptimizer` explains each."""
+
+    page_bytes: int
+    resident_bytes: int | None
+    paging: str
+    page_file: str | None
+
+
+class Slot:
+    """The place of one parameter's state.
+
+    Attributes:
+        views: what `optimizer.state` holds of it: the step count, and a tensor for each plane.
+        is_zero: whether the memory is still as it was made, all zeros.
+    """
+
+    __slots__ = (
+        "device", "first_element", "is_zero", "kind", "number", "pages", "shape", "views",
+    )  # fmt: skip
+
+    def __init__(
+        self, param: Tensor, kind: StateKind, number: int, pages: _core.PagedState, first: int
+    ) -> None:
+        self.device = local_part(param).device
+        self.shape = param.shape
+        self.kind = kind
+        self.number = number
+        self.pages = pages
+        self.first_element = first
+        self.is_zero = True
+        self.views: dict[str, Tensor] = {}
+
+    def holds(self, state: Mapping[str, Any] | None) -> bool:
+        """Whether a parameter's state is the tensors of this slot, and not others put there."""
+        if state is None:
+            return False
+        for name, view in self.views.items():
+            if state.get(name) is not view:
+                return False
+        return True
+
+    def fits(self, param: Tensor, kind: StateKind) -> bool:
+        """Whether the parameter is as it was when its state was given this place."""
+        return (
+            param.shape == self.shape
+            and local_part(param).device == self.device
+            and kind == self.kind
+        )
+
+    def clear(self) -> None:
+        """Make it the state of a parameter that has taken no step."""
+        self.views["step"].zero_()
+        for name in self.kind.planes if not self.is_zero else ():
+            local_part(self.views[name]).zero_()
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Copy a checked state into the pages."""
+        self.is_zero = False
+        self.views["step"].copy_(torch.as_tensor(state["step"], dtype=torch.float32).reshape(()))
+        for name in self.kind.planes:
+            local_part(self.views[name]).copy_(local_part(state[name]))
+
+
+class StatePages:
+    """The pages of an optimiser, and which parameter has which part of them."""
+
+    def __init__(self, options: PagingOptions) -> None:
+        self.options = options
+        self.slots: dict[Tensor, Slot] = {}
+        self.buffers: list[_core.PagedState] = []
+
+    def lay_out(
+        self, wanted: Iterable[tuple[int, Tensor, StateKind]], live: Iterable[Tensor]
+    ) -> None:
+        """Give each of the wanted parameters (number, parameter, kind) a place in new pages.
+
+        What the `live` ones have in the old pages is copied. Nothing has changed if this raises.
+        """
+        by_pages: dict[tuple[torch.device, StateKind], list[tuple[int, Tensor]]]
+        by_pages = defaultdict(list)
+        for number, param, kind in wanted:
+            by_pages[local_part(param).device, kind].append((number, param))
+        budgets = self._split_budget(by_pages)
+        slots: dict[Tensor, Slot] = {}
+        buffers = []
+        for (device, kind), members in by_pages.items():
+            pages = self._make_pages(device, kind, members, budgets[device, kind])
+            buffers.append(pages)
+            slots.update(_make_slots(pages, device, kind, members))
+        for param in live:
+            old, new = self.slots[param], slots[param]
+            new.write(old.views)
+        self.slots, self.buffers = slots, buffers
+
+    def _make_pages(
+        self,
+        device: torch.device,
+        kind: StateKind,
+        members: list[tuple[int, Tensor]],
+        resident_bytes: int | None,
+    ) -> _core.PagedState:
+        options = self.options
+        elements = sum(_room_of(param) for _, param in members)
+        pages = _core.PagedState(
+            str(device),
+            kind.rule,
+            kind.is_8bit,
+            elements,
+            page_bytes=options.page_bytes,
+            strategy=options.paging,
+            resident_bytes=resident_bytes,
+            page_file=options.page_file,
+        )
+        if pages.strategy == "pinned" and any(is_sharded(param) for _, param in members):
+            raise NotImplementedError(
+                "paging is 'pinned', which keeps state on the host, and a parameter is sharded: "
+                "its state must be where the parameter is; use 'managed'"
+            )
+        return pages
+
+    def _split_budget(
+        self, by_pages: Mapping[tuple[torch.device, StateKind], list[tuple[int, Tensor]]]
+    ) -> dict[tuple[torch.device, StateKind], int | None]:
+        """resident_bytes for each kind of state on a device: small ones are resident, others share.
+
+        With several devices, each has resident_bytes.
+        """
+        total = self.options.resident_bytes
+        if total is None:
+            return dict.fromkeys(by_pages)
+        budgets: dict[tuple[torch.device, StateKind], int | None] = {}
+        for device in {device for device, _ in by_pages}:
+            sizes = {
+                key: sum(_room_of(param) for _, param in members) * _bytes_per_block(key[1]) // BLOCK
+                for key, members in by_pages.items()
+                if key[0] == device
+            }
+            small = {key: size for key, size in sizes.items() if size <= self.options.page_bytes}
+            small_bytes, all_bytes = sum(small.values()), sum(sizes.values())
+            for key, size in sizes.items():
+                if small_bytes > total:  # too little in any case, which the core says
+                    budgets[key] = total * size // all_bytes
+                elif key in small:
+                    budgets[key] = size
+                else:
+                    budgets[key] = (total - small_bytes) * size // (all_bytes - small_bytes)
+        return budgets
+
+
+def _make_slots(
+    pages: _core.PagedState,
+    device: torch.device,
+    kind: StateKind,
+    members: list[tuple[int, Tensor]],
+) -> dict[Tensor, Slot]:
+    if device.type == "cuda":  # the pages are zeros for what follows on this stream
+        pages.join(execution(torch.empty(0, device=device))[1])
+    steps = torch.zeros(len(members), dtype=torch.float32, device=device)
+    slots = {}
+    first = 0
+    for step, (number, param) in zip(steps.unbind(), members, strict=True):
+        slot = Slot(param, kind, number, pages, first)
+        slot.views["step"] = step
+        for plane, name in enumerate(kind.planes):
+            slot.views[name] = _view(pages, plane, name, kind, param, first)
+        slots[param] = slot
+        first += _room_of(param)
+    return slots
+
+
+def _view(
+    pages: _core.PagedState, plane: int, name: str, kind: StateKind, param: Tensor, first: int
+) -> Tensor:
+    """The state of a parameter in one plane: of this rank's part, if it is sharded."""
+    local = local_part(param)
+    memory = torch.from_dlpack(pages.memory(plane, first, local.numel()))
+    view = memory.view(kind.dtype_of(name)).view(kind.shape_of(name, local))
+    return as_shard_of(view, param, kind.shape_of(name, param)) if is_sharded(param) else view
+
+
+def _room_of(param: Tensor) -> int:
+    """The elements that a parameter takes: whole blocks, and one if it has no element."""
+    return max(1, block_count(local_part(param).numel())) * BLOCK
+
+
+def _bytes_per_block(kind: StateKind) -> int:
+    return sum(
+        BLOCK * kind.dtype_of(name).itemsize if name in kind.moments else 4 for name in kind.planes
+    )
