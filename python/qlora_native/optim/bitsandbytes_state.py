@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native.optim.adamw_state import MOMENTS
+from qlora_native.optim.state_kind import BLOCK, StateKind, block_count
 
-_BLOCK = 256  # elements of 8-bit state that share a scale
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _SETTINGS = {"lr", "betas", "eps", "weight_decay"}
 _OF_ADEMAMIX = {"alpha", "t_alpha", "t_beta3"}  # in the groups of every rule with two moments
@@ -120,14 +119,15 @@ def _our_state(where: str, state: dict[str, Any], is_adamw: bool) -> dict[str, T
         if name in state:
             raise ValueError(f"{where} has {name}: it is of {owner}, which is not done here")
     is_8bit = "qmap1" in state
-    numbers = (1, 2) if is_adamw else (1,)
+    moments = StateKind("adamw" if is_adamw else "lion", is_8bit).moments
+    numbers = range(1, len(moments) + 1)
     parts = ("state", "qmap", "absmax") if is_8bit else ("state",)
     wanted = {"step", *(f"{part}{n}" for part in parts for n in numbers)}
     if set(state) != wanted:
         raise ValueError(f"{where} has {sorted(state)}, want {sorted(wanted)}")
     ours = {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")}
     shape = state["state1"].shape
-    for n, moment in zip(numbers, MOMENTS, strict=False):
+    for n, moment in zip(numbers, moments, strict=True):
         ours[moment] = state[f"state{n}"]
         _check(f"{where}: state{n}", ours[moment], shape, torch.uint8 if is_8bit else torch.float32)
         if not ours[moment].is_contiguous():
@@ -135,8 +135,9 @@ def _our_state(where: str, state: dict[str, Any], is_adamw: bool) -> dict[str, T
             raise ValueError(f"{where}: state{n} is not contiguous: its order is not known")
         if is_8bit:
             absmax = ours[f"{moment}_absmax"] = state[f"absmax{n}"]
-            blocks = -(-shape.numel() // _BLOCK)
-            _check(f"{where}, in blocks of {_BLOCK}: absmax{n}", absmax, (blocks,))
+            _check(
+                f"{where}, in blocks of {BLOCK}: absmax{n}", absmax, (block_count(shape.numel()),)
+            )
             _check_map(f"{where}: qmap{n}", state[f"qmap{n}"], signed=n == 1)
     return ours
 

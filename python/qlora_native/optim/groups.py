@@ -15,11 +15,18 @@ def complete_group(name: str, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_group(name: str, settings: tuple[str, ...], group: dict[str, Any]) -> None:
-    """Raise ValueError unless every number is in its range, NotImplementedError for amsgrad."""
+    """Raise ValueError unless a group can be stepped, NotImplementedError for amsgrad."""
     if group.get("amsgrad"):
         raise NotImplementedError(
             f"{name}: amsgrad is not done here; torch.optim.AdamW has it, without pages"
         )
+    check_numbers(name, settings, group)
+    if group["stochastic_rounding"]:
+        _check_rounding(name, group)
+
+
+def check_numbers(name: str, settings: tuple[str, ...], group: dict[str, Any]) -> None:
+    """Raise ValueError unless every number of a group is in its range."""
     for key in ("lr", "eps", "weight_decay"):
         if key not in settings:
             continue
@@ -43,8 +50,6 @@ def check_group(name: str, settings: tuple[str, ...], group: dict[str, Any]) -> 
             )
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name}: betas[{i}] is {beta}, want 0 <= beta < 1")
-    if group["stochastic_rounding"]:
-        _check_rounding(name, group)
 
 
 def _check_rounding(name: str, group: dict[str, Any]) -> None:

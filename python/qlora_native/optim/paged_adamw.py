@@ -33,16 +33,17 @@ class PagedAdamW(PagedOptimizer):
         maximize: step up the gradient instead of down.
         amsgrad: not done; True raises.
         stochastic_rounding: round bfloat16 parameters up or down at random, so that the expected
-            value is that before rounding (Gupta et al. 2015): updates of less than half a last place
-            are not lost. The seed is drawn from torch's generator and kept in the group as
+            value is that before rounding (Gupta et al. 2015): updates of less than half a last
+            place are not lost. The seed is drawn from torch's generator and kept in the group as
             `rounding_seed`, so that a resumed run goes on with the same bits.
         page_bytes: of a page; rounded down to what the kernels can cut.
         resident_bytes: the most device memory that state may take, of two pages at least, on each
-            device; None lets the driver decide. On a CPU it is for a page_file, and the most memory.
+            device; None lets the driver decide. On a CPU it is for a page_file, and the most
+            memory.
         paging: on CUDA "managed" (unified memory), "pinned" (page-locked host memory, and two or
             three pages of device memory) or "automatic": managed where the device can.
-        page_file: on a CPU, a directory in which state is kept as a file that has no name and is gone
-            with the optimiser. It may exceed the memory. Room is reserved at once.
+        page_file: on a CPU, a directory in which state is kept as a file that has no name and is
+            gone with the optimiser. It may exceed the memory. Room is reserved at once.
 
     Raises:
         ValueError: a number is out of its range, or an argument is for another kind of device.

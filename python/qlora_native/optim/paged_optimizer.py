@@ -1,6 +1,7 @@
 """What all optimisers with paged state are: groups, steps, state dicts, pages."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -27,9 +28,9 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     **Pages.** All state is in pages that a device need not hold all at once; small parameters share
     them. On CUDA they are unified memory: a step asks for page i + 1 while it updates page i and,
-    under `resident_bytes`, sends page i - 1 back to the host. State that fits is stepped at once. On a
-    CPU they are ordinary memory or, with `page_file`, a file that is mapped. A step does not wait for
-    the device. `paging_report()` says what was asked to be where.
+    under `resident_bytes`, sends page i - 1 back to the host. State that fits is stepped at once.
+    On a CPU they are ordinary memory or, with `page_file`, a file that is mapped. A step does not
+    wait for the device. `paging_report()` says what was asked to be where.
 
     **State** is made at the first step that a parameter has a gradient in, and shows in `state` as
     tensors over the pages; what is written into them, or put in their place, is used. The step
@@ -40,10 +41,10 @@ class PagedOptimizer(torch.optim.Optimizer):
     **What can be stepped.** float32, bfloat16 and float16 parameters in one list, on the CPU and on
     CUDA devices, which give the same bits. Of a sharded parameter (DTensor, as FSDP2 makes them)
     each rank steps its own part. A parameter without a gradient is left alone. A `GradScaler` steps
-    these optimisers as it does torch's fused ones, without waiting for the device: the gradients are
-    unscaled inside the step, and stay as they are; a step that found an Inf or NaN changes nothing,
-    and does not count. Else a NaN propagates as in torch; in 8-bit state it reaches its block of 256
-    elements and no further.
+    these optimisers as it does torch's fused ones, without waiting for the device: the gradients
+    are unscaled inside the step, and stay as they are; a step that found an Inf or NaN changes
+    nothing, and does not count. Else a NaN propagates as in torch; in 8-bit state it reaches its
+    block of 256 elements and no further.
 
     **Errors** of a step leave parameters and state as they were.
 
@@ -294,10 +295,13 @@ class PagedOptimizer(torch.optim.Optimizer):
         """What copy and pickle keep: groups, state as ordinary tensors, and how it is paged."""
         return {
             **super().__getstate__(),
-            "state": {
-                param: {name: value.detach().clone() for name, value in state.items()}
-                for param, state in self.state.items()
-            },
+            "state": defaultdict(
+                dict,
+                {
+                    param: {name: value.detach().clone() for name, value in state.items()}
+                    for param, state in self.state.items()
+                },
+            ),
             "paging_options": self._pages.options,
         }
 

@@ -20,8 +20,8 @@ class PagesReport(NamedTuple):
         bytes: of all.
         device_bytes, host_bytes, unknown_bytes: by where they were last asked to be.
         moved_to_device_bytes, moved_to_host_bytes: in the last step.
-        refused_bytes: in the last step, of pages that the driver had no room for on the device; they
-            were used where they are.
+        refused_bytes: in the last step, of pages that the driver had no room for on the device;
+            they were used where they are.
     """
 
     device: str
@@ -79,32 +79,26 @@ class PagingReport(NamedTuple):
         return sum(part.moved_to_host_bytes for part in self.parts)
 
 
-def report_of(
-    buffers: list[_core.PagedState], before: list[_core.PagedReport]
-) -> PagingReport:
+def report_of(buffers: list[_core.PagedState], before: list["_core.PagedReport"]) -> PagingReport:
     """The report of `buffers`, whose accounts were `before` when the last step began."""
-    parts = []
-    for i, pages in enumerate(buffers):
-        now = pages.report()
-        then = before[i] if i < len(before) else now  # made since: no step has moved anything
+    # Pages made since have moved nothing in a step.
+    before = before if len(before) == len(buffers) else [pages.report() for pages in buffers]
+    return PagingReport([_part(*pair) for pair in zip(buffers, before, strict=True)])
 
-        def moved(key: str, now: _core.PagedReport = now, then: _core.PagedReport = then) -> int:
-            return int(now[key] - then[key])  # type: ignore[literal-required]
 
-        parts.append(
-            PagesReport(
-                device=pages.device,
-                strategy=pages.strategy,
-                bits=8 if pages.is_8bit else 32,
-                pages=pages.page_count,
-                page_bytes=pages.page_bytes,
-                bytes=pages.bytes,
-                device_bytes=now["device_bytes"],
-                host_bytes=now["host_bytes"],
-                unknown_bytes=now["unknown_bytes"],
-                moved_to_device_bytes=moved("moved_to_device_bytes"),
-                moved_to_host_bytes=moved("moved_to_host_bytes"),
-                refused_bytes=moved("refused_bytes"),
-            )
-        )
-    return PagingReport(parts)
+def _part(pages: _core.PagedState, then: "_core.PagedReport") -> PagesReport:
+    now = pages.report()
+    return PagesReport(
+        device=pages.device,
+        strategy=pages.strategy,
+        bits=8 if pages.is_8bit else 32,
+        pages=pages.page_count,
+        page_bytes=pages.page_bytes,
+        bytes=pages.bytes,
+        device_bytes=now["device_bytes"],
+        host_bytes=now["host_bytes"],
+        unknown_bytes=now["unknown_bytes"],
+        moved_to_device_bytes=now["moved_to_device_bytes"] - then["moved_to_device_bytes"],
+        moved_to_host_bytes=now["moved_to_host_bytes"] - then["moved_to_host_bytes"],
+        refused_bytes=now.get("refused_bytes", 0) - then.get("refused_bytes", 0),
+    )

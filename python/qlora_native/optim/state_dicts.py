@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_native.optim.groups import check_numbers
+
 
 def with_own_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict whose step counts are tensors of their own, on the CPU.
@@ -39,7 +41,7 @@ def check_state_dict(
     param_groups: list[dict[str, Any]],
     state_dict: dict[str, Any],
 ) -> None:
-    """Raise ValueError unless the groups are those of such an optimiser and of as many parameters."""
+    """Raise ValueError unless the groups are of such an optimiser, and as large as its own."""
     sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     own_sizes = [len(group["params"]) for group in param_groups]
     if sizes != own_sizes:
@@ -66,3 +68,4 @@ def check_state_dict(
             raise ValueError(
                 f"{name}: the state dict is of Adam, whose weight decay is not decoupled"
             )
+        check_numbers(name, settings, group)

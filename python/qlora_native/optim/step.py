@@ -1,4 +1,4 @@
-"""One step: calls of the core, each for all parameters of a group whose state is in the same pages."""
+"""One step: calls of the core, each for the parameters of a group with state in the same pages."""
 
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -129,8 +129,8 @@ def _explain(name: str, one: Stepped) -> None:
     device = local_part(one.param).device
     if device != one.slot.device:
         raise ValueError(
-            f"{name}: parameter {one.slot.number} was on {one.slot.device} when its state was made, "
-            f"and is on {device} now; move parameters before the optimiser's first step"
+            f"{name}: parameter {one.slot.number} was on {one.slot.device} when its state was "
+            f"made, and is on {device} now; move parameters before the optimiser's first step"
         )
     if local_part(one.grad).device != device:
         raise ValueError(
