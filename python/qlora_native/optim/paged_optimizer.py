@@ -17,7 +17,7 @@ from qlora_native.optim.shards import check_shards
 from qlora_native.optim.state_dicts import check_state_dict, pair_with_parameters, with_own_steps
 from qlora_native.optim.state_kind import StateKind, check_state
 from qlora_native.optim.state_pages import PagingOptions, Slot, StatePages
-from qlora_native.optim.step import Scaling, Stepped, make_calls, run_calls
+from qlora_native.optim.step import Batch, Scaling, make_calls, run_calls
 from qlora_native.sharding import is_sharded
 
 PAGE_BYTES = 32 << 20  # csrc/core/paged_buffer.h says why
@@ -113,20 +113,19 @@ class PagedOptimizer(torch.optim.Optimizer):
             self._lay_out(param for _, param in self._numbered() if param.requires_grad)
         self._is_built = True
 
-    def _lay_out(self, needed: Iterable[Tensor]) -> None:
-        """Have a place for the needed parameters, and for all that may be needed later."""
+    def _lay_out(self, params: Iterable[Tensor]) -> None:
+        """Have a place for the parameters given, and for all that may be needed later."""
         name, slots = type(self).__name__, self._pages.slots
-        needed = set(needed)
-        kinds = {param: self._kind_of(param) for param in needed}
-        if all(p in slots and slots[p].fits(p, kind) for p, kind in kinds.items()):
+        needed = {id(param): param for param in params}
+        if all(i in slots and slots[i].fits(p, self._kind_of(p)) for i, p in needed.items()):
             return
         wanted, live = [], []
         for number, param in self._numbered():
-            if not (param in needed or param in slots or param.requires_grad):
+            slot = slots.get(id(param))
+            if not (id(param) in needed or slot is not None or param.requires_grad):
                 continue
             check_steppable(name, param)
             kind = self._kind_of(param)
-            slot = slots.get(param)
             if slot is not None and slot.holds(self.state.get(param)):
                 if not slot.fits(param, kind):
                     raise ValueError(
@@ -139,17 +138,14 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._pages.lay_out(wanted, live)
         for param in live:
             # In place: whoever holds the dict of a parameter sees its state.
-            self.state[param].update(self._pages.slots[param].views)
+            self.state[param].update(self._pages.slots[id(param)].views)
 
-    def _slot_of(self, param: Tensor) -> Slot:
-        """A parameter's place, with its state in it: as it is, as others put it, or fresh."""
-        slot = self._pages.slots[param]
-        state = self.state.get(param)
-        if state and not slot.holds(state):
-            check_state(f"{type(self).__name__}: state of a parameter", param, state, slot.kind)
-            slot.write(state)
-            state.update(slot.views)
-        return slot
+    def _adopt(self, slot: Slot, state: dict[str, Any]) -> None:
+        """Take state that others put in the place of the pages', as unpickling does."""
+        where = f"{type(self).__name__}: state of parameter {slot.number}"
+        check_state(where, slot.param, state, slot.kind)
+        slot.write(state)
+        state.update(slot.views)
 
     def paging_report(self) -> PagingReport:
         """The pages, what was asked to be where, and what the last step moved."""
@@ -181,46 +177,51 @@ class PagedOptimizer(torch.optim.Optimizer):
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         for group in self.param_groups:
             check_group(name, self._settings, group)
-        stepped = self._gather()
+        batches, fresh = self._gather()
         # All groups are checked before the first is updated.
-        calls = make_calls(name, stepped, scaling)
-        fresh = [one for one in stepped if not self.state.get(one.param)]
-        for one in fresh:
-            one.slot.clear()
-            self.state[one.param].update(one.slot.views)
+        calls = make_calls(name, batches, scaling)
+        for slot in fresh:
+            slot.clear()
+            self.state[slot.param].update(slot.views)
         self._moved_before = [buffer.report() for buffer in self._pages.buffers]
         try:
             run_calls(calls)
         except BaseException:
-            for one in fresh:
-                del self.state[one.param]
+            for slot in fresh:
+                del self.state[slot.param]
             raise
         return loss
 
-    def _gather(self) -> list[Stepped]:
-        """The parameters that have a gradient, each with its place."""
+    def _gather(self) -> tuple[list[Batch], list[Slot]]:
+        """The parameters that have a gradient, and the places of those that have no state yet."""
         slots, states = self._pages.slots, self.state
-        with_gradient = [
-            (group, param, grad)
-            for group in self.param_groups
-            for param in group["params"]
-            if (grad := param.grad) is not None
-        ]
-        for _, param, _ in with_gradient:
-            slot = slots.get(param)
-            if slot is None or slot.shape != param.shape:
-                self._refuse_to_capture(param)
-                self._lay_out(param for _, param, _ in with_gradient)
-                slots = self._pages.slots
-                break
-        stepped = []
-        for group, param, grad in with_gradient:
-            slot = slots[param]
-            if not slot.holds(states.get(param)):
-                self._refuse_to_capture(param)
-                slot = self._slot_of(param)
-            stepped.append(Stepped(group, param, grad, slot))
-        return stepped
+        batches, fresh = [], []
+        for group in self.param_groups:
+            of_pages: dict[_core.PagedState, Batch] = {}
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                slot = slots.get(id(param))
+                if slot is None or slot.shape != param.shape:
+                    self._refuse_to_capture(param)
+                    self._lay_out(p for _, p in self._numbered() if p.grad is not None)
+                    return self._gather()
+                state = states.get(param)
+                if not slot.holds(state):
+                    self._refuse_to_capture(param)
+                    if state:
+                        self._adopt(slot, state)
+                    else:
+                        fresh.append(slot)
+                batch = of_pages.get(slot.pages)
+                if batch is None:
+                    batch = of_pages[slot.pages] = Batch(group, [], [], [])
+                batch.params.append(param)
+                batch.grads.append(grad)
+                batch.slots.append(slot)
+            batches += of_pages.values()
+        return batches, fresh
 
     def _refuse_to_capture(self, param: Tensor) -> None:
         if param.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -268,7 +269,7 @@ class PagedOptimizer(torch.optim.Optimizer):
 
         def put(_: torch.optim.Optimizer) -> None:
             for param, state in loaded:
-                slot = self._pages.slots[param]
+                slot = self._pages.slots[id(param)]
                 slot.write(state)
                 self.state[param].update(slot.views)
 

@@ -37,12 +37,13 @@ class Slot:
     """
 
     __slots__ = (
-        "device", "first_element", "is_zero", "kind", "number", "pages", "shape", "views",
+        "device", "first_element", "is_zero", "kind", "number", "pages", "param", "shape", "views",
     )  # fmt: skip
 
     def __init__(
         self, param: Tensor, kind: StateKind, number: int, pages: _core.PagedState, first: int
     ) -> None:
+        self.param = param
         self.device = local_part(param).device
         self.shape = param.shape
         self.kind = kind
@@ -84,7 +85,7 @@ class StatePages:
 
     def __init__(self, options: PagingOptions) -> None:
         self.options = options
-        self.slots: dict[Tensor, Slot] = {}
+        self.slots: dict[int, Slot] = {}  # by the id of the parameter, which a slot keeps
         self.buffers: list[_core.PagedState] = []
 
     def lay_out(
@@ -99,14 +100,14 @@ class StatePages:
         for number, param, kind in wanted:
             by_pages[local_part(param).device, kind].append((number, param))
         budgets = self._split_budget(by_pages)
-        slots: dict[Tensor, Slot] = {}
+        slots: dict[int, Slot] = {}
         buffers = []
         for (device, kind), members in by_pages.items():
             pages = self._make_pages(device, kind, members, budgets[device, kind])
             buffers.append(pages)
             slots.update(_make_slots(pages, device, kind, members))
         for param in live:
-            old, new = self.slots[param], slots[param]
+            old, new = self.slots[id(param)], slots[id(param)]
             new.write(old.views)
         self.slots, self.buffers = slots, buffers
 
@@ -172,7 +173,7 @@ def _make_slots(
     device: torch.device,
     kind: StateKind,
     members: list[tuple[int, Tensor]],
-) -> dict[Tensor, Slot]:
+) -> dict[int, Slot]:
     if device.type == "cuda":  # the pages are zeros for what follows on this stream
         pages.join(execution(torch.empty(0, device=device))[1])
     steps = torch.zeros(len(members), dtype=torch.float32, device=device)
@@ -183,7 +184,7 @@ def _make_slots(
         slot.views["step"] = step
         for plane, name in enumerate(kind.planes):
             slot.views[name] = _view(pages, plane, name, kind, param, first)
-        slots[param] = slot
+        slots[id(param)] = slot
         first += _room_of(param)
     return slots
 

@@ -1,6 +1,7 @@
 """One step: calls of the core, each for the parameters of a group with state in the same pages."""
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,6 @@ from qlora_native.optim.gradients import check_gradient, check_steppable, in_cor
 from qlora_native.optim.state_pages import Slot
 from qlora_native.sharding import local_part, shard_index
 
-_GOLDEN = 0x9E3779B97F4A7C15  # spreads the parts of a sharded parameter over the seeds
-
 
 class Scaling(NamedTuple):
     """What a GradScaler has set on the optimiser that it steps; each a tensor of one element."""
@@ -23,13 +22,13 @@ class Scaling(NamedTuple):
     found_inf: Tensor | None  # not zero: the step does nothing
 
 
-class Stepped(NamedTuple):
-    """A parameter that a step updates."""
+class Batch(NamedTuple):
+    """Parameters of a group that a step updates, with state in the same pages: lists as long."""
 
     group: dict[str, Any]
-    param: Tensor
-    grad: Tensor
-    slot: Slot
+    params: list[Tensor]
+    grads: list[Tensor]
+    slots: list[Slot]
 
 
 class Call(NamedTuple):
@@ -42,21 +41,20 @@ class Call(NamedTuple):
     copies: list[tuple[Tensor, Tensor]]  # parameters that it steps as a copy, and the copies
 
 
-def make_calls(name: str, stepped: list[Stepped], scaling: Scaling) -> list[Call]:
-    """The calls that a step makes, all checked: one a group, as a rule.
+def make_calls(name: str, batches: list[Batch], scaling: Scaling) -> list[Call]:
+    """The calls that a step makes, all checked: one for each batch, as a rule.
 
     Raises ValueError or NotImplementedError, naming what is wrong.
     """
-    batches: dict[tuple[int, _core.PagedState, int], list[Stepped]] = defaultdict(list)
-    for one in stepped:
-        part = shard_index(one.param) if one.group["stochastic_rounding"] else 0
-        batches[id(one.group), one.slot.pages, part].append(one)
-    try:
-        return [_make_call(name, batch, part, scaling) for (_, _, part), batch in batches.items()]
-    except ValueError:
-        for one in stepped:  # the core does not know parameters by these names
-            _explain(name, one)
-        raise
+    calls = []
+    for batch in batches:
+        try:
+            calls += [_make_call(name, part, scaling) for part in _parts(batch)]
+        except ValueError:
+            for one in zip(batch.params, batch.grads, batch.slots, strict=True):
+                _explain(name, *one)  # the core does not know parameters by these names
+            raise
+    return calls
 
 
 def run_calls(calls: list[Call]) -> None:
@@ -69,24 +67,48 @@ def run_calls(calls: list[Call]) -> None:
             increment_version(call.written)  # autograd sees the write, as of any in-place one
 
 
-def _make_call(name: str, batch: list[Stepped], part: int, scaling: Scaling) -> Call:
-    batch.sort(key=lambda one: one.slot.first_element)
-    group, device = batch[0].group, batch[0].slot.device
-    params, grads = [], []
-    written: list[Tensor] = []
-    copies: list[tuple[Tensor, Tensor]] = []
-    for one in batch:
-        param, grad = one.param, one.grad
-        if type(param) not in PLAIN_TYPES or type(grad) not in PLAIN_TYPES or grad.is_sparse:
-            _explain(name, one)  # before their memory is asked for
-        dense, grad = in_core(param, grad)
-        params.append(dense)
-        grads.append(grad)
-        local = local_part(param)
-        if dense is local:
-            written.append(local)
-        else:
-            copies.append((local, dense))
+def _parts(batch: Batch) -> list[Batch]:
+    """The batch, in the order of its pages; apart what has another seed of its own."""
+    slots = batch.slots
+    if any(a.first_element > b.first_element for a, b in pairwise(slots)):
+        order = sorted(range(len(slots)), key=lambda i: slots[i].first_element)
+        batch = Batch(batch.group, *([values[i] for i in order] for values in batch[1:]))
+    if not batch.group["stochastic_rounding"]:
+        return [batch]
+    by_shard: dict[int, list[int]] = defaultdict(list)
+    for i, param in enumerate(batch.params):
+        by_shard[shard_index(param)].append(i)
+    return [
+        Batch(
+            {**batch.group, "rounding_seed": _seed_of_shard(batch.group["rounding_seed"], shard)},
+            *([values[i] for i in members] for values in batch[1:]),
+        )
+        for shard, members in by_shard.items()
+    ]
+
+
+def _seed_of_shard(seed: int, shard: int) -> int:
+    golden = 0x9E3779B97F4A7C15  # odd, and far from all that users take for seeds
+    return (seed + shard * golden) % 2**64
+
+
+def _make_call(name: str, batch: Batch, scaling: Scaling) -> Call:
+    group, slots = batch.group, batch.slots
+    device = slots[0].device
+    params, grads = batch.params, batch.grads
+    written, copies = params, []
+    if not all(map(_is_in_core, params, grads)):
+        params, grads, written = [], [], []
+        for param, grad, slot in zip(batch.params, batch.grads, slots, strict=True):
+            _explain(name, param, grad, slot)  # before their memory is asked for
+            local = local_part(param)
+            dense, dense_grad = in_core(param, grad)
+            params.append(dense)
+            grads.append(dense_grad)
+            if dense is local:
+                written.append(local)
+            else:
+                copies.append((local, dense))
     lr = group["lr"]
     beta1, beta2 = group["betas"]
     reads_lr = device.type == "cuda" and isinstance(lr, Tensor) and lr.is_cuda
@@ -95,21 +117,20 @@ def _make_call(name: str, batch: list[Stepped], part: int, scaling: Scaling) -> 
         "grad_scale": _on_device(scaling.grad_scale, device),
         "found_inf": _on_device(scaling.found_inf, device),
     }
-    seed = group["rounding_seed"] if group["stochastic_rounding"] else None
     step = _core.PagedStep(
-        batch[0].slot.pages,
+        slots[0].pages,
         params,
         grads,
-        [one.slot.views["step"] for one in batch],
-        [one.slot.first_element for one in batch],
-        [one.slot.number for one in batch],
+        [slot.views["step"] for slot in slots],
+        [slot.first_element for slot in slots],
+        [slot.number for slot in slots],
         lr=0.0 if reads_lr else float(lr),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group.get("eps", 0.0)),
         weight_decay=float(group["weight_decay"]),
         maximize=bool(group["maximize"]),
-        rounding_seed=None if seed is None else (seed + part * _GOLDEN) % 2**64,
+        rounding_seed=group["rounding_seed"] if group["stochastic_rounding"] else None,
         **numbers,
     )
     return Call(step, device, [params, grads, numbers], written, copies)
@@ -122,18 +143,31 @@ def _on_device(number: Tensor | None, device: torch.device) -> Tensor | None:
     return local_part(number).detach().to(device, torch.float32, non_blocking=device.type == "cuda")
 
 
-def _explain(name: str, one: Stepped) -> None:
+def _is_in_core(param: Tensor, grad: Tensor) -> bool:
+    """Whether the core can read both as they are."""
+    return (
+        type(param) in PLAIN_TYPES
+        and type(grad) in PLAIN_TYPES
+        and grad.layout is torch.strided
+        and param.is_contiguous()
+        and grad.is_contiguous()
+        and not grad.is_neg()
+        and not param.is_neg()
+    )
+
+
+def _explain(name: str, param: Tensor, grad: Tensor, slot: Slot) -> None:
     """Raise a ValueError that says what is wrong with a parameter, if it is this one."""
-    check_steppable(name, one.param)
-    check_gradient(name, one.param, one.grad)
-    device = local_part(one.param).device
-    if device != one.slot.device:
+    check_steppable(name, param)
+    check_gradient(name, param, grad)
+    device = local_part(param).device
+    if device != slot.device:
         raise ValueError(
-            f"{name}: parameter {one.slot.number} was on {one.slot.device} when its state was "
+            f"{name}: parameter {slot.number} was on {slot.device} when its state was "
             f"made, and is on {device} now; move parameters before the optimiser's first step"
         )
-    if local_part(one.grad).device != device:
+    if local_part(grad).device != device:
         raise ValueError(
-            f"{name}: the gradient of parameter {one.slot.number} is on {one.grad.device}, "
+            f"{name}: the gradient of parameter {slot.number} is on {grad.device}, "
             f"its parameter on {device}"
         )
