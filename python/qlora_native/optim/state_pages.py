@@ -33,7 +33,7 @@ class Slot:
 
     Attributes:
         views: what `optimizer.state` holds of it: the step count, and a tensor for each plane.
-        is_zero: whether the memory is still as it was made, all zeros.
+        is_zero: whether the memory is still as it was made, all zeros: no step has had it.
     """
 
     __slots__ = (
@@ -67,10 +67,11 @@ class Slot:
         )
 
     def clear(self) -> None:
-        """Make it the state of a parameter that has taken no step."""
+        """Make it the state of a parameter that takes its first step now."""
         self.views["step"].zero_()
         for name in self.kind.planes if not self.is_zero else ():
             local_part(self.views[name]).zero_()
+        self.is_zero = False
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Copy a checked state into the pages."""
