@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <utility>
 
 #include "cpu/page_file.h"
 
@@ -12,9 +13,9 @@ namespace {
 
 class FilePagedBuffer final : public PagedBuffer {
  public:
-  FilePagedBuffer(Device device, const PagedBufferOptions& options)
+  FilePagedBuffer(Device device, const PagedBufferOptions& options, std::unique_ptr<PageFile> file)
       : PagedBuffer(device, PagingStrategy::file, options, PagePlace::host),
-        file_(*options.page_file, options.bytes),
+        file_(std::move(file)),
         states_(static_cast<std::size_t>(page_count()), State::away),
         staying_pages_(page_count()) {
     if (options.resident_bytes && *options.resident_bytes < options.bytes) {
@@ -25,18 +26,25 @@ class FilePagedBuffer final : public PagedBuffer {
     }
   }
 
-  std::byte* data() const override { return file_.data(); }
+  std::byte* data() const override { return file_->data(); }
 
  private:
   /// A page has been asked for and not been used since, is in use, was used and stays, or is being
   /// written out. A guest that is not away takes room.
   enum class State : std::uint8_t { away, asked, in_use, idle, going };
 
+  struct Going {
+    std::int64_t page;
+    bool was_asked;
+  };
+
   std::byte* do_begin(std::int64_t page, void*) override {
     check_process("PagedBuffer.begin");
     State& state = state_of(page);
     if (state == State::away && is_guest(page)) make_room_for(page);
-    if (state == State::going) std::erase(going_, page);
+    if (state == State::going) {
+      std::erase_if(going_, [&](const Going& going) { return going.page == page; });
+    }
     // Also one that stays: the kernel may have taken its memory.
     if (state == State::asked || state == State::going) {
       note(page, PagePlace::device);
@@ -46,7 +54,7 @@ class FilePagedBuffer final : public PagedBuffer {
     state = State::in_use;
     const std::int64_t next = page + 1;
     if (next < page_count() && is_askable(next)) ask(next);
-    return file_.data() + page_range(page).offset;
+    return file_->data() + page_range(page).offset;
   }
 
   void do_end(std::int64_t page, void*) override {
@@ -67,7 +75,7 @@ class FilePagedBuffer final : public PagedBuffer {
   void do_join(void*) override {
     check_process("PagedBuffer.join");
     finish_all_but(0);
-    keep_error([&] { file_.check_written(); });
+    keep_error([&] { file_->check_written(); });
     if (error_) throw FileError(*error_);
   }
 
@@ -106,23 +114,24 @@ class FilePagedBuffer final : public PagedBuffer {
 
   void ask(std::int64_t page) {
     set_state(page, State::asked);
-    file_.ask(page_range(page));
+    file_->ask(page_range(page));
     note(page, PagePlace::device);
   }
 
   void send_away(std::int64_t page) {
+    going_.push_back({page, state_of(page) != State::away});
     set_state(page, State::going);
-    going_.push_back(page);
     note(page, PagePlace::host);
-    keep_error([&] { file_.start_writing(page_range(page)); });
+    keep_error([&] { file_->start_writing(page_range(page)); });
   }
 
   void finish_all_but(std::size_t count) {
     while (going_.size() > count) {
-      const std::int64_t page = going_.front();
+      const auto [page, was_asked] = going_.front();
       going_.pop_front();
       set_state(page, State::away);
-      keep_error([&] { file_.drop(page_range(page)); });
+      if (was_asked) file_->await(page_range(page));
+      keep_error([&] { file_->drop(page_range(page)); });
     }
   }
 
@@ -157,11 +166,11 @@ class FilePagedBuffer final : public PagedBuffer {
   }
 
   pid_t owner_ = getpid();
-  PageFile file_;
+  std::unique_ptr<PageFile> file_;
   std::vector<State> states_;
   std::int64_t staying_pages_;
   std::int64_t max_guest_count_ = 0, guest_count_ = 0;
-  std::deque<std::int64_t> going_;  // in the order in which they ended
+  std::deque<Going> going_;  // in the order in which they ended
   std::optional<FileError> error_;
 };
 
@@ -169,7 +178,9 @@ class FilePagedBuffer final : public PagedBuffer {
 
 std::unique_ptr<PagedBuffer> make_file_paged_buffer(Device device,
                                                     const PagedBufferOptions& options) {
-  return std::make_unique<FilePagedBuffer>(device, options);
+  // Before the buffer, whose account of a state that no disk holds would be long.
+  auto file = std::make_unique<PageFile>(*options.page_file, options.bytes);
+  return std::make_unique<FilePagedBuffer>(device, options, std::move(file));
 }
 
 }  // namespace qlora

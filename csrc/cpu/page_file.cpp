@@ -112,6 +112,14 @@ void PageFile::ask(const ByteRange& range) const {
   }
 }
 
+void PageFile::await(const ByteRange& range) const {
+#ifdef MADV_POPULATE_READ
+  // A request as well: kernels before 5.14 do not know it.
+  const std::int64_t begin = round_down(range.offset), end = range.offset + range.bytes;
+  madvise(data_ + begin, static_cast<std::size_t>(end - begin), MADV_POPULATE_READ);
+#endif
+}
+
 void PageFile::start_writing(const ByteRange& range) const {
 #ifdef SYNC_FILE_RANGE_WRITE
   if (sync_file_range(file_.get(), range.offset, range.bytes, SYNC_FILE_RANGE_WRITE) != 0) {

@@ -1,7 +1,8 @@
 // A file without a name that is mapped as a whole: memory that need not fit in memory.
 //
 // A page of it is read when it is touched, and what was written stays in memory until the kernel has
-// written it out. The functions here say when: ask, then use, then start_writing, then drop.
+// written it out. The functions here say when: ask, then use, then start_writing,
+// await and drop.
 #pragma once
 
 #include <string>
@@ -45,6 +46,9 @@ class PageFile {
 
   /// Has a range read, and does not wait for it.
   void ask(const ByteRange& range) const;
+
+  /// Waits for what was asked for: the kernel gives nothing back that it still reads.
+  void await(const ByteRange& range) const;
 
   /// Has what was changed in a range written out, and waits for no more of it than the device takes
   /// at a time. Throws FileError.
