@@ -68,6 +68,11 @@ class PagedOptimizer(torch.optim.Optimizer):
         paging: str,
         page_file: str | os.PathLike[str] | None,
     ) -> None:
+        if paging not in ("automatic", "managed", "pinned"):
+            raise ValueError(
+                f"{type(self).__name__}: paging is {paging!r}, want 'automatic', 'managed' or "
+                "'pinned'"
+            )
         directory = None if page_file is None else os.path.abspath(os.fspath(page_file))
         self._pages = StatePages(PagingOptions(page_bytes, resident_bytes, paging, directory))
         self._moved_before: list[_core.PagedReport] = []
@@ -109,6 +114,8 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def _reserve(self) -> None:
         """With a page file, give every parameter its place now, so that a full disk is told now."""
+        for is_8bit in {self._keeps_8bit_state(param) for _, param in self._numbered()}:
+            self._pages.page_bytes_of(StateKind(self._rule, is_8bit))  # refuses one too small
         if self._pages.options.page_file is not None:
             self._lay_out(param for _, param in self._numbered() if param.requires_grad)
         self._is_built = True
@@ -136,6 +143,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 live.append(param)
             wanted.append((number, param, kind))
         self._pages.lay_out(wanted, live)
+        self._moved_before = []  # of pages that are no more
         for param in live:
             # In place: whoever holds the dict of a parameter sees its state.
             self.state[param].update(self._pages.slots[id(param)].views)

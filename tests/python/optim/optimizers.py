@@ -56,10 +56,9 @@ def set_gradients(seed: int, *lists: list[nn.Parameter]) -> None:
     """The same random gradients, of sizes that vary from step to step, for each list."""
     generator = torch.Generator().manual_seed(seed)
     for group in zip(*lists, strict=True):
-        g = torch.randn(group[0].shape, generator=generator, dtype=torch.float64)
-        g *= 10.0 ** (-(seed % 5))
+        g = torch.randn(group[0].shape, generator=generator) * 10.0 ** (-(seed % 5))
         for p in group:
-            p.grad = g.to(group[0].dtype).to(p.dtype)
+            p.grad = g.to(group[0].dtype).to(p.dtype, copy=True)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -138,3 +137,16 @@ def decode(state: dict[str, Tensor], moment: str) -> Tensor:
     absmax = state[f"{moment}_absmax"].repeat_interleave(BLOCK)[: codes.numel()]
     entries = dynamic_map(moment == "exp_avg")
     return (entries[codes.flatten().long()] * absmax).view(codes.shape)
+
+
+# ---- state in several pages
+
+# Three pages or more of each optimiser's state, with a parameter in all of them.
+PAGED_SHAPES = [(300,), (1100, 1024), (5000,), (33, 65)]
+PAGE_BYTES = 540_000
+BUDGET = 1_100_000  # for two pages, and for what is small
+
+
+def in_file(folder: Any, **options: Any) -> dict[str, Any]:
+    """Options of an optimiser that has two pages in memory at a time, and all in a file."""
+    return {"page_file": folder, "page_bytes": PAGE_BYTES, "resident_bytes": BUDGET, **options}
