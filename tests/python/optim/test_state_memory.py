@@ -20,6 +20,8 @@ import qlora_native
 COUNT = 6_000_000
 SLACK = 4 << 20
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # what is here already is no concern of the collections below
 
 def resident():
     gc.collect()
