@@ -15,7 +15,7 @@ from qlora_native.optim.groups import check_group, complete_group
 from qlora_native.optim.paging_report import PagingReport, report_of
 from qlora_native.optim.shards import check_shards
 from qlora_native.optim.state_dicts import check_state_dict, pair_with_parameters, with_own_steps
-from qlora_native.optim.state_kind import StateKind, check_state
+from qlora_native.optim.state_kind import Rule, StateKind, check_state
 from qlora_native.optim.state_pages import PagingOptions, Slot, StatePages
 from qlora_native.optim.step import Batch, Scaling, make_calls, run_calls
 from qlora_native.sharding import is_sharded
@@ -55,7 +55,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     _is_built = False
-    _rule: ClassVar[str]  # as the core calls it
+    _rule: ClassVar[Rule]
     _settings: ClassVar[tuple[str, ...]]  # that a group of this optimiser has
 
     def __init__(
@@ -207,7 +207,8 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _gather(self) -> tuple[list[Batch], list[Slot]]:
         """The parameters that have a gradient, and the places of those that have no state yet."""
         slots, states = self._pages.slots, self.state
-        batches, fresh = [], []
+        batches: list[Batch] = []
+        fresh: list[Slot] = []
         for group in self.param_groups:
             of_pages: dict[_core.PagedState, Batch] = {}
             for param in group["params"]:

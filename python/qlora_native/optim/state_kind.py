@@ -1,6 +1,6 @@
 """The kinds of state that a parameter can have: what they hold, and which loaded state fits."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +9,13 @@ from qlora_native.sharding import describe, is_sharded
 
 BLOCK = 256  # elements of 8-bit state that share a scale
 
+Rule = Literal["adamw", "lion"]  # as the core calls it
+
 
 class StateKind(NamedTuple):
     """Which rule steps a parameter, and how wide its moments are kept."""
 
-    rule: str  # "adamw" or "lion", as the core calls it
+    rule: Rule
     is_8bit: bool
 
     @property
