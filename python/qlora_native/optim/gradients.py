@@ -37,6 +37,11 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
             f"{name}: a parameter is {param.dtype} and its gradient {grad.dtype}, "
             f"want one of {FLOAT_DTYPES}"
         )
+    if any(n > 1 and step == 0 for n, step in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: elements of a parameter share memory (shape {list(param.shape)}, strides "
+            f"{param.stride()}), so that they cannot be stepped apart"
+        )
     if grad.shape != param.shape:
         raise ValueError(
             f"{name}: a gradient has shape {list(grad.shape)}, its parameter {list(param.shape)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 def complete_group(name: str, group: dict[str, Any]) -> dict[str, Any]:
     """The settings with a seed, drawn from torch's generator, where rounding is stochastic."""
     if group.get("stochastic_rounding") and group.get("rounding_seed") is None:
-        return {**group, "rounding_seed": int(torch.randint(2**63 - 1, ()))}
+        return {**group, "rounding_seed": int(torch.randint(2**63 - 1, (), device="cpu"))}
     return group
 
 

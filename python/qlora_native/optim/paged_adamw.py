@@ -36,7 +36,8 @@ class PagedAdamW(PagedOptimizer):
         stochastic_rounding: round bfloat16 parameters up or down at random, so that the expected
             value is that before rounding (Gupta et al. 2015): updates of less than half a last
             place are not lost. The seed is drawn from torch's generator and kept in the group as
-            `rounding_seed`, so that a resumed run goes on with the same bits.
+            `rounding_seed`, so that a resumed run goes on with the same bits. Ranks that hold
+            copies of a parameter need one seed, as for all that is random: seed torch alike.
         page_bytes: of a page; rounded down to what the kernels can cut.
         resident_bytes: the most device memory that state may take, of two pages at least, on each
             device; None lets the driver decide. On a CPU it is for a page_file, and the most

@@ -76,7 +76,11 @@ class Slot:
     def write(self, state: Mapping[str, Any]) -> None:
         """Copy a checked state into the pages."""
         self.is_zero = False
-        self.views["step"].copy_(torch.as_tensor(state["step"], dtype=torch.float32).reshape(()))
+        step = state["step"]
+        if isinstance(step, Tensor):
+            self.views["step"].copy_(step.reshape(()))
+        else:
+            self.views["step"].fill_(step)
         for name in self.kind.planes:
             local_part(self.views[name]).copy_(local_part(state[name]))
 

@@ -168,7 +168,22 @@ def set_found_inf(optimizer, last):
     return r"found_inf of shape \[2\] has 2 elements, want 1"
 
 
-FAULTS = (make_sparse, resize, set_number, add_double, make_double_gradient, set_found_inf)
+def add_expanded(optimizer, last):
+    one = nn.Parameter(torch.ones(1).expand(3))
+    one.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [one]})
+    return r"elements of a parameter share memory \(shape \[3\], strides \(0,\)\)"
+
+
+FAULTS = (
+    add_expanded,
+    make_sparse,
+    resize,
+    set_number,
+    add_double,
+    make_double_gradient,
+    set_found_inf,
+)
 
 
 @over_all

@@ -1,33 +1,12 @@
 """PagedAdamW8bit: how close to 32 bits it stays, and what it stores."""
 
-import copy
-import pickle
-
 import pytest
 import torch
-from torch import Tensor, nn
+from optimizers import BLOCK, decode, dynamic_map
+from torch import nn
 
 from qlora_native import PagedAdamW, PagedAdamW8bit
 from support import over_dtypes, same_bits
-
-BLOCK = 256
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """The values that the codes of the first (signed) and second moment stand for."""
-    values = [torch.tensor([0.0, 1.0])]
-    for i in range(7):
-        boundaries = torch.linspace(0.1, 1, 2**i + 1 if signed else 2 ** (i + 1) + 1)
-        means = 10.0 ** (i - 6) * (boundaries[:-1] + boundaries[1:]) / 2.0
-        values += [means, -means] if signed else [means]
-    return torch.cat(values).sort().values
-
-
-def decode(state: dict[str, Tensor], name: str) -> Tensor:
-    entries = dynamic_map(signed=name == "exp_avg")
-    absmax = state[f"{name}_absmax"].repeat_interleave(BLOCK)
-    codes = state[name]
-    return (entries[codes.flatten().long()] * absmax[: codes.numel()]).view(codes.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -115,18 +94,6 @@ def test_small_parameters_keep_32_bit_state():
         assert same_bits(p, q) != in_8_bits
 
 
-def test_a_copy_keeps_the_size_from_which_state_has_8_bits():
-    p = nn.Parameter(torch.ones(300))
-    for copied in (
-        copy.deepcopy(PagedAdamW8bit([p], min_8bit_size=256)),
-        pickle.loads(pickle.dumps(PagedAdamW8bit([p], min_8bit_size=256))),
-    ):
-        (q,) = copied.param_groups[0]["params"]
-        q.grad = torch.ones(300)
-        copied.step()
-        assert copied.state[q]["exp_avg"].dtype == torch.uint8
-
-
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 511, 513, 3000])
 def test_blocks_that_are_not_full_are_stepped_to_the_last_element(size):
     p = nn.Parameter(torch.ones(size))
@@ -174,13 +141,3 @@ def test_small_elements_beside_large_ones_do_not_run_away():
         exact.step()
     assert p8.abs().max() <= 1.5 * p32.abs().max()
     assert (decode(ours.state[p8], "exp_avg_sq") > 0).all()
-
-
-def test_a_refused_size_names_the_setting_that_decides_it():
-    p = nn.Parameter(torch.zeros(5000))
-    p.grad = torch.ones(5000)
-    optimizer = PagedAdamW8bit([p])
-    optimizer.step()
-    other = PagedAdamW8bit([p], min_8bit_size=8192)
-    with pytest.raises(ValueError, match="min_8bit_size is 8192 here"):
-        other.load_state_dict(optimizer.state_dict())

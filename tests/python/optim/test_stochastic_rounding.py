@@ -274,3 +274,30 @@ def test_any_number_of_threads_rounds_alike(optimizer_class, threads):
         take_steps(optimizer, range(2))
         optimizers.append(optimizer)
     assert same_run(*optimizers)
+
+
+@over_all
+def test_a_default_device_is_of_no_concern(optimizer_class):
+    """Neither for the seed, nor for step counts that are numbers."""
+    parameters = make_parameters(BF16, SHAPES)
+    expected = make(optimizer_class, clones(parameters))
+    take_steps(expected, range(3))
+    with torch.device("meta"):
+        optimizer = make(optimizer_class, parameters)
+        for step in range(2):
+            for p, q in zip(parameters, make_parameters_with_gradients(step), strict=True):
+                p.grad = q.grad
+            optimizer.step()
+        state_dict = optimizer.state_dict()
+        for state in state_dict["state"].values():
+            state["step"] = 2
+        optimizer.load_state_dict(state_dict)
+    take_steps(optimizer, [2])
+    assert same_run(optimizer, expected)
+
+
+def make_parameters_with_gradients(step: int) -> list[nn.Parameter]:
+    with torch.device("cpu"):
+        parameters = make_parameters(BF16, SHAPES)
+        set_gradients(step, parameters)
+    return parameters
