@@ -20,6 +20,16 @@ void set_out_of_memory(const char* text) {
   py::set_error(PyExc_MemoryError, text);
 }
 
+/// Python picks the class of its number, as FileNotFoundError.
+void set_file_error(const FileError& error) {
+  const auto path =
+      py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.path.c_str()));
+  if (!path) return;
+  const auto value = py::reinterpret_steal<py::object>(
+      PyObject_CallFunction(PyExc_OSError, "isO", error.number, error.what(), path.ptr()));
+  if (value) PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())), value.ptr());
+}
+
 void register_errors() {
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
@@ -32,6 +42,8 @@ void register_errors() {
       set_out_of_memory(e.what());
     } catch (const HostOutOfMemory& e) {
       py::set_error(PyExc_MemoryError, e.what());
+    } catch (const FileError& e) {
+      set_file_error(e);
     } catch (const CudaError& e) {
       py::set_error(PyExc_RuntimeError, e.what());
     }

@@ -1,11 +1,13 @@
 // What the bindings of PagedBuffer and of PagedState share.
 #pragma once
 
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl/filesystem.h>
 
 #include "core/paged_buffer.h"
 
@@ -36,6 +38,13 @@ struct DeleteWithoutGil {
 
 /// "cpu" or "cuda:N".
 Device parse_device(const char* operation, const std::string& text);
+
+/// A str or an os.PathLike, in the bytes that the file system knows.
+using DirectoryArgument = std::optional<std::filesystem::path>;
+inline std::optional<std::string> to_page_file(const DirectoryArgument& directory) {
+  if (!directory) return std::nullopt;
+  return directory->string();
+}
 
 PagingStrategy parse_strategy(const char* operation, const std::string& text);
 

@@ -22,7 +22,7 @@ OptimizerRule parse_rule(const std::string& text) {
 SharedState make_state(const std::string& device, const std::string& rule, bool is_8bit,
                        std::int64_t elements, std::int64_t page_bytes, const std::string& strategy,
                        std::optional<std::int64_t> resident_bytes,
-                       const std::optional<std::string>& page_file) {
+                       const DirectoryArgument& page_file) {
   const py::gil_scoped_release no_gil;  // pinning memory takes a while
   const char* const operation = "PagedState";
   return SharedState(new PagedState(parse_device(operation, device), parse_rule(rule), is_8bit,
@@ -30,7 +30,7 @@ SharedState make_state(const std::string& device, const std::string& rule, bool 
                                      .page_bytes = page_bytes,
                                      .strategy = parse_strategy(operation, strategy),
                                      .resident_bytes = resident_bytes,
-                                     .page_file = page_file}),
+                                     .page_file = to_page_file(page_file)}),
                      DeleteWithoutGil{});
 }
 

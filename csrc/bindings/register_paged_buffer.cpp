@@ -52,7 +52,7 @@ using SharedBuffer = std::shared_ptr<PagedBuffer>;
 
 SharedBuffer make(const std::string& device, std::int64_t bytes, std::int64_t page_bytes,
                   const std::string& strategy, std::optional<std::int64_t> resident_bytes,
-                  const std::optional<std::string>& page_file) {
+                  const DirectoryArgument& page_file) {
   // Pinning memory takes a while. Here, and not by a call guard, under which pybind11 would note the
   // new object without the GIL.
   const py::gil_scoped_release no_gil;
@@ -62,7 +62,7 @@ SharedBuffer make(const std::string& device, std::int64_t bytes, std::int64_t pa
                                    .page_bytes = page_bytes,
                                    .strategy = parse_strategy(operation, strategy),
                                    .resident_bytes = resident_bytes,
-                                   .page_file = page_file});
+                                   .page_file = to_page_file(page_file)});
   return SharedBuffer(buffer.release(), DeleteWithoutGil{});
 }
 

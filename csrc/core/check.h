@@ -5,6 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 namespace qlora {
 
@@ -26,6 +27,18 @@ struct OutOfMemory : std::runtime_error {
 /// Host memory ran out: MemoryError in Python, as std::bad_alloc is, which has no room for a reason.
 struct HostOutOfMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
+};
+
+/// A file did not do, or the directory for it: OSError in Python, with `number` as its errno and
+/// `path` as its filename.
+struct FileError : std::runtime_error {
+  FileError(const std::string& text, int error_number, const std::string& error_path)
+      : std::runtime_error(text + ": " + std::generic_category().message(error_number)),
+        number(error_number),
+        path(error_path) {}
+
+  int number;
+  std::string path;
 };
 
 /// A CUDA call failed: RuntimeError in Python.

@@ -32,6 +32,12 @@ std::unique_ptr<PagedBuffer> make_paged_buffer(Device device, const PagedBufferO
           ": resident_bytes is ", *options.resident_bytes, ", want at least two pages of ",
           options.page_bytes, " bytes: the one in use and the one that comes");
   }
+  if (options.page_file) {
+    check(device.type == DeviceType::cpu, operation, ": page_file is for the CPU, but device is ",
+          device);
+    check(options.page_file->find('\0') == std::string::npos, operation,
+          ": page_file holds a null character, want the path of a directory");
+  }
   return backend_for(device).make_paged_buffer(device, options);
 }
 

@@ -58,11 +58,14 @@ struct PagedBufferOptions {
   PagingStrategy strategy = PagingStrategy::automatic;
 
   /// The most device memory that the buffer asks for at once, of two pages at least. None: pinned
-  /// takes three pages, and with managed the driver decides.
+  /// takes three pages, and with managed the driver decides. Of a file: the most memory, where what
+  /// is used through data() does not count. None: the kernel decides.
   std::optional<std::int64_t> resident_bytes = std::nullopt;
 
   /// On the CPU: the directory of the file. It has no name there, and is gone with the buffer, or the
-  /// process, however that ends. Its space is reserved at once.
+  /// process, however that ends. Its space is reserved at once. (Some file systems write to another
+  /// place each time, and reserve in vain: where such a disk fills up, or one cannot be read, a use
+  /// of the memory is SIGBUS, which ends the process.)
   std::optional<std::string> page_file = std::nullopt;
 };
 
@@ -123,7 +126,8 @@ class PagedBuffer {
   /// that records a CUDA graph makes no requests: what it records is right wherever the memory is.
   bool make_resident(void* stream, std::int64_t companion_bytes = 0);
 
-  /// Makes `stream` wait for all copies asked for so far.
+  /// Makes `stream` wait for all copies asked for so far. Of a file: waits itself, and throws
+  /// FileError if a page could not be written out, from then on each time.
   void join(void* stream);
 
   /// Asks for the pages that the range touches, after what is queued on `stream`, which does not
@@ -162,8 +166,8 @@ class PagedBuffer {
   mutable std::mutex mutex_;
 };
 
-/// Throws InvalidArgument, Unsupported for a strategy that the device lacks, OutOfMemory or
-/// HostOutOfMemory; nothing stays allocated then.
+/// Throws InvalidArgument, Unsupported for a strategy that the device lacks, OutOfMemory,
+/// HostOutOfMemory or FileError; nothing stays allocated then.
 std::unique_ptr<PagedBuffer> make_paged_buffer(Device device, const PagedBufferOptions& options);
 
 }  // namespace qlora

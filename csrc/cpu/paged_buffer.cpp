@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <utility>
 
+#include "cpu/file_paged_buffer.h"
+
 namespace qlora {
 namespace {
 
@@ -57,11 +59,25 @@ class CpuPagedBuffer final : public PagedBuffer {
 
 std::unique_ptr<PagedBuffer> make_cpu_paged_buffer(Device device,
                                                    const PagedBufferOptions& options) {
-  check(
-      options.strategy == PagingStrategy::automatic || options.strategy == PagingStrategy::ordinary,
-      "PagedBuffer: strategy is ", options.strategy, ", on the CPU want ordinary");
+  switch (options.strategy) {
+    case PagingStrategy::automatic: break;
+    case PagingStrategy::ordinary:
+      check(!options.page_file,
+            "PagedBuffer: page_file is for strategy file, but strategy is ordinary");
+      break;
+    case PagingStrategy::file:
+      check(options.page_file.has_value(),
+            "PagedBuffer: strategy is file, but there is no page_file, the directory of the file");
+      break;
+    case PagingStrategy::managed:
+    case PagingStrategy::pinned:
+      throw InvalidArgument(message("PagedBuffer: strategy is ", options.strategy,
+                                    ", on the CPU want automatic, ordinary or file"));
+  }
+  if (options.page_file) return make_file_paged_buffer(device, options);
   check(!options.resident_bytes,
-        "PagedBuffer: resident_bytes is for a device beside the host; on the CPU leave it out");
+        "PagedBuffer: resident_bytes is for a device beside the host, or for a file; on the CPU "
+        "give page_file too, or leave it out");
   return std::make_unique<CpuPagedBuffer>(device, options, Memory(options.bytes));
 }
 

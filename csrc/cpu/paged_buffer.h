@@ -1,4 +1,4 @@
-// The CPU's PagedBuffer: memory that stays where it is.
+// The CPU's PagedBuffer: memory that stays where it is, or a file (cpu/file_paged_buffer.h).
 #pragma once
 
 #include "core/paged_buffer.h"

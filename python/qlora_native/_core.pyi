@@ -3,6 +3,7 @@
 Where that says x[m, k] of a product, here x[..., k] is taken, and so with y, dy and dx.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
@@ -131,48 +132,6 @@ def dora_scale_backward(
 def dropout(
     x: Tensor, p: float, seed: Tensor, out: Tensor, num_threads: int, stream: int
 ) -> None: ...
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    *,
-    step_counts: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    maximize: bool,
-    lr_tensor: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    num_threads: int,
-    stream: int,
-) -> None: ...
-def adamw8bit_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_absmaxes: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_sq_absmaxes: Sequence[Tensor],
-    *,
-    step_counts: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    maximize: bool,
-    lr_tensor: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    num_threads: int,
-    stream: int,
-) -> None: ...
 
 class PagedMemory:
     """A piece of a PagedBuffer's memory; `torch.from_dlpack` makes a tensor of bytes of it.
@@ -215,6 +174,7 @@ class PagedBuffer:
         page_bytes: int = 33554432,
         strategy: str = "automatic",
         resident_bytes: int | None = None,
+        page_file: str | os.PathLike[str] | None = None,
     ) -> None: ...
     @property
     def device(self) -> str: ...
@@ -231,7 +191,78 @@ class PagedBuffer:
 
     def begin(self, page: int, stream: int) -> PagedMemory: ...
     def end(self, page: int, stream: int) -> None: ...
+    def make_resident(self, stream: int) -> bool: ...
     def join(self, stream: int) -> None: ...
     def prefetch_to_device(self, offset: int, bytes: int, stream: int) -> None: ...
     def prefetch_to_host(self, offset: int, bytes: int, stream: int) -> None: ...
     def report(self) -> PagedReport: ...
+
+class PagedState:
+    """An optimiser's state in pages: a PagedBuffer for each kind of number that it has.
+
+    csrc/core/paged_state.h has its contract. `device` is "cpu" or "cuda:N".
+    """
+
+    def __init__(
+        self,
+        device: str,
+        rule: Literal["adamw", "lion"],
+        is_8bit: bool,
+        elements: int,
+        *,
+        page_bytes: int = 33554432,
+        strategy: str = "automatic",
+        resident_bytes: int | None = None,
+        page_file: str | os.PathLike[str] | None = None,
+    ) -> None: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def is_8bit(self) -> bool: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def page_count(self) -> int: ...
+    def memory(self, plane: int, first_element: int, count: int) -> PagedMemory:
+        """The part of a plane that belongs to `count` elements, where the host sees it.
+
+        Planes are in the order exp_avg, its absmax, exp_avg_sq, its absmax; those that the state
+        has not are left out.
+        """
+
+    def join(self, stream: int) -> None: ...
+    def report(self) -> PagedReport: ...
+
+class PagedStep:
+    """A step of an optimiser on parameters with state in pages; its arguments are checked once.
+
+    The caller keeps the tensors until it has run.
+    """
+
+    def __init__(
+        self,
+        state: PagedState,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        step_counts: Sequence[Tensor],
+        first_elements: Sequence[int],
+        numbers: Sequence[int],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool,
+        rounding_seed: int | None = None,
+        lr_tensor: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None: ...
+    def run(self, num_threads: int, stream: int) -> None: ...

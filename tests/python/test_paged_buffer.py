@@ -138,10 +138,14 @@ def test_on_the_cpu_nothing_moves():
     ("arguments", "options", "message"),
     [
         (("cpu", -1), {}, "bytes is -1, want 0 to"),
-        (("cpu", 1), {"page_bytes": 4096}, "page_bytes is 4096, want a positive multiple of 65536"),
-        (("cpu", 1), {"strategy": "managed"}, "strategy is managed, on the CPU want ordinary"),
-        (("cpu", 1), {"strategy": "disk"}, "strategy is 'disk', want automatic, ordinary, managed"),
-        (("cpu", 1), {"resident_bytes": 1 << 30}, "on the CPU leave it out"),
+        (("cpu", 1), {"page_bytes": 4097}, "page_bytes is 4097, want a positive multiple of 4096"),
+        (("cpu", 1), {"strategy": "managed"}, "strategy is managed, on the CPU want automatic"),
+        (
+            ("cpu", 1),
+            {"strategy": "disk"},
+            "strategy is 'disk', want automatic, ordinary, file, man",
+        ),
+        (("cpu", 1), {"resident_bytes": 1 << 30}, "on the CPU give page_file too"),
         (("cuda", 1), {}, "device is 'cuda', want cpu or cuda:N"),
         (("cuda:", 1), {}, "device is 'cuda:', want cpu or cuda:N"),
         (("cuda:-1", 1), {}, "device is 'cuda:-1'"),

@@ -1,7 +1,11 @@
 // PagedBuffer: its pages, checks and account, on the CPU's ordinary memory and on a fake that moves.
 #include "core/paged_buffer.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstring>
+#include <fstream>
 #include <utility>
 
 #include "core/backend.h"
@@ -45,6 +49,40 @@ TEST(PagedBuffer, OnTheCpuAPageIsAPartOfTheMemory) {
   EXPECT_EQ(buffer->data()[3 * page_bytes - 1], std::byte{3});
 }
 
+TEST(PagedBuffer, OnTheCpuFreshMemoryIsZeroAndAligned) {
+  // Of sizes that the allocator keeps when they are freed, and of some that it gives back.
+  for (const std::int64_t bytes : {std::int64_t{1}, std::int64_t{100}, page_bytes, 5 * page_bytes,
+                                   std::int64_t{1} << 20, std::int64_t{40} << 20}) {
+    for (int i = 0; i < 3; ++i) {
+      const auto buffer = make(bytes);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer->data()) % page_bytes, 0u);
+      std::byte* const end = buffer->data() + bytes;
+      EXPECT_EQ(std::find_if(buffer->data(), end, [](std::byte b) { return b != std::byte{0}; }),
+                end);
+      std::memset(buffer->data(), 0xff, static_cast<std::size_t>(bytes));  // for the next
+    }
+  }
+}
+
+TEST(PagedBuffer, OnTheCpuMemoryIsTakenWhenItIsWritten) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "AddressSanitizer's notes on it are memory, too";
+#endif
+  const auto resident_bytes = [] {
+    std::ifstream file("/proc/self/statm");
+    std::int64_t all = 0, resident = 0;
+    file >> all >> resident;
+    return resident * sysconf(_SC_PAGESIZE);
+  };
+  constexpr std::int64_t bytes = std::int64_t{1} << 30;
+  const std::int64_t before = resident_bytes();
+  const auto buffer = make(bytes);
+  EXPECT_LT(resident_bytes() - before, bytes / 16);  // the account of its pages
+  std::memset(buffer->data() + bytes / 2, 1, bytes / 8);
+  EXPECT_GE(resident_bytes() - before, bytes / 8);
+  EXPECT_LT(resident_bytes() - before, bytes / 4);
+}
+
 TEST(PagedBuffer, OnTheCpuAllOfItIsOnTheHostAndNothingMoves) {
   const auto buffer = make(3 * page_bytes);
   buffer->prefetch_to_device({0, 3 * page_bytes}, nullptr);
@@ -78,9 +116,11 @@ TEST(PagedBuffer, OptionsThatCannotBeRightAreNamed) {
       "PagedBuffer: resident_bytes is 8191, want at least two pages of 4096 bytes: the one "
       "in use and the one that comes",
       {.bytes = 1 << 20, .page_bytes = page_bytes, .resident_bytes = 8191});
-  expect("PagedBuffer: resident_bytes is for a device beside the host; on the CPU leave it out",
-         {.bytes = 1 << 20, .page_bytes = page_bytes, .resident_bytes = 1 << 20});
-  expect("PagedBuffer: strategy is managed, on the CPU want ordinary",
+  expect(
+      "PagedBuffer: resident_bytes is for a device beside the host, or for a file; on the CPU give "
+      "page_file too, or leave it out",
+      {.bytes = 1 << 20, .page_bytes = page_bytes, .resident_bytes = 1 << 20});
+  expect("PagedBuffer: strategy is managed, on the CPU want automatic, ordinary or file",
          {.bytes = 1, .strategy = PagingStrategy::managed});
 }
 
