@@ -72,7 +72,7 @@ constexpr SignedDynamicMapTable make_signed_dynamic_map_table() {
   return SignedDynamicMapTable(signed_dynamic_map, 0);
 }
 
-/// Without code 0, which stands for no number but zero (cpu/scalar/adamw.cpp says why).
+/// Without code 0, which stands for no number but zero (cpu/scalar/optimizer.cpp says why).
 constexpr UnsignedDynamicMapTable make_unsigned_dynamic_map_table() {
   return UnsignedDynamicMapTable(unsigned_dynamic_map, dynamic_map_unsigned_zero_code + 1);
 }

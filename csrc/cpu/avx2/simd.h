@@ -66,6 +66,14 @@ struct Simd {
     return {_mm256_blendv_ps(third, first, is_infinite)};
   }
 
+  /// 1 or -1 with the sign of `a`; 0 and NaN stay.
+  QLORA_INLINE static Floats sign(Floats a) {
+    const __m256 one =
+        _mm256_or_ps(_mm256_and_ps(a.v, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
+    const __m256 is_signed = _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+    return {_mm256_blendv_ps(a.v, one, is_signed)};
+  }
+
   QLORA_INLINE static float sum(Floats a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -102,6 +110,10 @@ struct Simd {
   QLORA_INLINE static void store(float* p, Floats a) { _mm256_storeu_ps(p, a.v); }
   QLORA_INLINE static void store(BFloat16* p, Floats a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bfloat16(a));
+  }
+  /// Lane by lane round_stochastically(a, random).
+  QLORA_INLINE static void store(BFloat16* p, Floats a, Ints random) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), upper_halves(a, bits(a) + random));
   }
   QLORA_INLINE static void store(Float16* p, Floats a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_float16(a));
@@ -183,6 +195,11 @@ struct Simd {
   QLORA_INLINE static Ints load_ints(const std::uint32_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
   }
+  /// 8 halves of words from half `i` of `p` on, where the lower half of a word is the first.
+  QLORA_INLINE static Ints load_halves(const std::uint32_t* p, std::int64_t i) {
+    const auto* const halves = reinterpret_cast<const char*>(p) + 2 * i;
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)))};
+  }
 
   struct WideProduct {
     Ints upper, lower;
@@ -235,10 +252,7 @@ struct Simd {
     const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded =
         _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), last);
-    const __m256 is_nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
-    const __m256i upper = _mm256_blendv_epi8(
-        _mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(is_nan));
-    return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+    return upper_halves(a, {rounded});
   }
   /// Round to nearest even, as from_float<Float16>: NaN loses its payload.
   QLORA_INLINE static __m128i narrow_float16(Floats a) {
@@ -278,6 +292,13 @@ struct Simd {
   }
 
  private:
+  /// The upper halves of `rounded`, but 0x7fc0 where `a` is NaN.
+  QLORA_INLINE static __m128i upper_halves(Floats a, Ints rounded) {
+    const __m256 is_nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+    const __m256i upper = _mm256_blendv_epi8(
+        _mm256_srli_epi32(rounded.v, 16), _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(is_nan));
+    return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+  }
   /// For gathers, hidden from the compiler: where it knows the mask to be full, GCC gathers into a
   /// register as it is, and the gather waits for what was last computed there.
   QLORA_INLINE static __m256i all_lanes() {

@@ -6,24 +6,24 @@
 
 namespace qlora::avx512 {
 
-void adamw_step(const OptimizerTensor& tensor, const AdamWRule& rule, const RoundingStream*,
-                std::int64_t begin, std::int64_t end) {
-  simd::adamw_step<Simd>(tensor, rule, begin, end);
-}
-
-void adamw8bit_step(const OptimizerTensor& tensor, const AdamWRule& rule, const RoundingStream*,
-                    std::int64_t begin, std::int64_t end) {
-  simd::adamw8bit_step<Simd>(tensor, rule, begin, end);
+void adamw_step(const OptimizerTensor& tensor, const AdamWRule& rule,
+                const RoundingStream* rounding, std::int64_t begin, std::int64_t end) {
+  simd::step_elements<Simd>(tensor, rule, rounding, begin, end);
 }
 
 void lion_step(const OptimizerTensor& tensor, const LionRule& rule, const RoundingStream* rounding,
                std::int64_t begin, std::int64_t end) {
-  scalar_kernels().lion_step(tensor, rule, rounding, begin, end);
+  simd::step_elements<Simd>(tensor, rule, rounding, begin, end);
+}
+
+void adamw8bit_step(const OptimizerTensor& tensor, const AdamWRule& rule,
+                    const RoundingStream* rounding, std::int64_t begin, std::int64_t end) {
+  simd::step_blocks<Simd>(tensor, rule, rounding, begin, end);
 }
 
 void lion8bit_step(const OptimizerTensor& tensor, const LionRule& rule,
                    const RoundingStream* rounding, std::int64_t begin, std::int64_t end) {
-  scalar_kernels().lion8bit_step(tensor, rule, rounding, begin, end);
+  simd::step_blocks<Simd>(tensor, rule, rounding, begin, end);
 }
 
 }  // namespace qlora::avx512

@@ -64,6 +64,14 @@ struct Simd {
     return {_mm512_mask3_fmadd_ps(rest, divisor.reciprocal.v, quotient, is_finite)};
   }
 
+  /// 1 or -1 with the sign of `a`; 0 and NaN stay.
+  QLORA_INLINE static Floats sign(Floats a) {
+    const __m512 one =
+        _mm512_or_ps(_mm512_and_ps(a.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+    const __mmask16 is_signed = _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+    return {_mm512_mask_mov_ps(a.v, is_signed, one)};
+  }
+
   QLORA_INLINE static float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 
   // -- memory. The `_partial` forms touch the first `count` elements, 0 to lanes, and read zeros
@@ -96,6 +104,10 @@ struct Simd {
   QLORA_INLINE static void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
   QLORA_INLINE static void store(BFloat16* p, Floats a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(a));
+  }
+  /// Lane by lane round_stochastically(a, random).
+  QLORA_INLINE static void store(BFloat16* p, Floats a, Ints random) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper_halves(a, bits(a) + random));
   }
   QLORA_INLINE static void store(Float16* p, Floats a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16(a));
@@ -165,6 +177,11 @@ struct Simd {
     return {_mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(a.v, b.v), x.v)};
   }
   QLORA_INLINE static Ints load_ints(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+  /// 16 halves of words from half `i` of `p` on, where the lower half of a word is the first.
+  QLORA_INLINE static Ints load_halves(const std::uint32_t* p, std::int64_t i) {
+    const auto* const halves = reinterpret_cast<const char*>(p) + 2 * i;
+    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)))};
+  }
 
   struct WideProduct {
     Ints upper, lower;
@@ -221,10 +238,7 @@ struct Simd {
     const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded =
         _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    const __m512i upper =
-        _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
-    return _mm512_cvtepi32_epi16(upper);
+    return upper_halves(a, {rounded});
   }
   /// Round to nearest even, as from_float<Float16>: NaN loses its payload.
   QLORA_INLINE static __m256i narrow_float16(Floats a) {
@@ -255,6 +269,13 @@ struct Simd {
   }
 
  private:
+  /// The upper halves of `rounded`, but 0x7fc0 where `a` is NaN.
+  QLORA_INLINE static __m256i upper_halves(Floats a, Ints rounded) {
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i upper =
+        _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded.v, 16), is_nan, _mm512_set1_epi32(0x7fc0));
+    return _mm512_cvtepi32_epi16(upper);
+  }
   /// For gathers, hidden from the compiler: where it knows the mask to be full, GCC gathers into a
   /// register as it is, and the gather waits for what was last computed there.
   QLORA_INLINE static __mmask16 all_lanes() {

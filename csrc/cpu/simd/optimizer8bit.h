@@ -1,5 +1,6 @@
-// A step of AdamW with 8-bit block-wise state: a block is decoded and updated into fp32 moments,
-// which stay in the first cache, and encoded from there. The codes are those of cpu/scalar/adamw.cpp.
+// A step of an optimiser with 8-bit block-wise state: a block is decoded and updated into fp32
+// moments, which stay in the first cache, and encoded from there. The codes are those of
+// cpu/scalar/optimizer.cpp.
 #pragma once
 
 #include <algorithm>
@@ -11,41 +12,44 @@
 #include "cpu/simd/dynamic_map_tables.h"
 #include "cpu/simd/float_type.h"
 #include "cpu/simd/optimizer_rules.h"
+#include "cpu/simd/param_rounding.h"
 
 namespace qlora::simd {
 
 /// Where a block of 256 elements is: in the tensors themselves or in a PaddedBlock.
-template <typename P, typename G>
-struct AdamW8bitBlock {
+template <typename P, typename G, int moment_count>
+struct StateBlock {
   P* param;
   const G* grad;
-  std::uint8_t* exp_avg;
-  std::uint8_t* exp_avg_sq;
+  std::uint8_t* codes[moment_count];  // of each moment
 
   /// With the first `count` elements of another, but for the gradient.
-  QLORA_INLINE void copy_to(const AdamW8bitBlock& other, std::int64_t count) const {
+  QLORA_INLINE void copy_to(const StateBlock& other, std::int64_t count) const {
     const auto size = static_cast<std::size_t>(count);
     std::memcpy(other.param, param, size * sizeof(P));
-    std::memcpy(other.exp_avg, exp_avg, size);
-    std::memcpy(other.exp_avg_sq, exp_avg_sq, size);
+    for (int m = 0; m < moment_count; ++m) std::memcpy(other.codes[m], codes[m], size);
   }
 };
 
 /// Room for the short last block of a tensor. Beyond its elements are zeros.
-template <typename P, typename G>
+template <typename P, typename G, int moment_count>
 struct PaddedBlock {
   P param[state_block_size] = {};
   G grad[state_block_size] = {};
-  std::uint8_t exp_avg[state_block_size] = {};
-  std::uint8_t exp_avg_sq[state_block_size] = {};
+  std::uint8_t codes[moment_count][state_block_size] = {};
+
+  QLORA_INLINE StateBlock<P, G, moment_count> block() {
+    StateBlock<P, G, moment_count> block{param, grad, {}};
+    for (int m = 0; m < moment_count; ++m) block.codes[m] = codes[m];
+    return block;
+  }
 };
 
-/// An updated block whose moments wait to be encoded.
-template <typename Simd>
-struct AdamW8bitMoments {
-  alignas(64) float exp_avg[state_block_size];
-  alignas(64) float exp_avg_sq[state_block_size];
-  float absmax, absmax_sq;
+/// The moments of an updated block, which wait to be encoded.
+template <int moment_count>
+struct BlockMoments {
+  alignas(64) float values[moment_count][state_block_size];
+  float absmaxes[moment_count];
 };
 
 /// The largest magnitude of the values seen, or NaN if there was one: as bits, magnitudes are
@@ -77,57 +81,6 @@ QLORA_INLINE void prefetch_group(const T* p) {
   }
 }
 
-/// Decodes a block's moments, updates them and the parameters, group by group.
-template <typename Simd, typename P, typename G>
-class BlockUpdate {
- public:
-  using Floats = typename Simd::Floats;
-
-  QLORA_INLINE BlockUpdate(const AdamWVectorRule<Simd>& rule, const AdamW8bitBlock<P, G>& block,
-                           float absmax, float absmax_sq, AdamW8bitMoments<Simd>& out)
-      : rule_(rule),
-        block_(block),
-        scale_(Simd::broadcast(absmax)),
-        scale_sq_(Simd::broadcast(absmax_sq)),
-        out_(out) {}
-
-  QLORA_INLINE void group(std::int64_t first) {
-    const std::int64_t ahead = first + prefetch_distance_8bit;
-    prefetch_group<Simd>(block_.param + ahead);
-    prefetch_group<Simd>(block_.grad + ahead);
-    prefetch_group<Simd>(block_.exp_avg + ahead);
-    prefetch_group<Simd>(block_.exp_avg_sq + ahead);
-    for (int j = 0; j < registers_per_group; ++j) {
-      const std::int64_t i = first + j * Simd::lanes;
-      Floats m = Simd::look_up(signed_dynamic_map_table.values.data(),
-                               Simd::load_bytes(block_.exp_avg + i)) *
-                 scale_;
-      Floats v = Simd::look_up(unsigned_dynamic_map_table.values.data(),
-                               Simd::load_bytes(block_.exp_avg_sq + i)) *
-                 scale_sq_;
-      Floats p = Simd::load(block_.param + i);
-      rule_(p, Simd::load(block_.grad + i), m, v);
-      Simd::store(block_.param + i, p);
-      Simd::store(out_.exp_avg + i, m);
-      Simd::store(out_.exp_avg_sq + i, v);
-      maximum_.see(m);
-      maximum_sq_.see(v);
-    }
-  }
-
-  QLORA_INLINE void finish() {
-    out_.absmax = maximum_.value();
-    out_.absmax_sq = maximum_sq_.value();
-  }
-
- private:
-  const AdamWVectorRule<Simd> rule_;
-  const AdamW8bitBlock<P, G> block_;
-  const Floats scale_, scale_sq_;
-  AdamW8bitMoments<Simd>& out_;
-  AbsoluteMaximum<Simd> maximum_, maximum_sq_;
-};
-
 /// The code of a moment's magnitude from its key (cpu/simd/dynamic_map_tables.h).
 template <typename Simd, typename Table>
 QLORA_INLINE typename Simd::Ints look_up_code(const Table& table, typename Simd::Ints key) {
@@ -141,12 +94,20 @@ QLORA_INLINE typename Simd::Ints look_up_code(const Table& table, typename Simd:
   return Simd::template shift_right<Table::shift>(entry + limited);
 }
 
+/// The map of moment number m.
+template <typename Simd, int m>
+struct MomentMap;
+
 template <typename Simd>
-struct FirstMoment {
+struct MomentMap<Simd, 0> {
   using Floats = typename Simd::Floats;
   using Ints = typename Simd::Ints;
 
   static constexpr std::uint8_t zero_code = dynamic_map_signed_zero_code;
+
+  QLORA_INLINE static Floats decode(Ints codes) {
+    return Simd::look_up(signed_dynamic_map_table.values.data(), codes);
+  }
 
   /// The codes of `x`, which is `moment` in units of the block's absmax.
   QLORA_INLINE static Ints encode(Floats x, Floats) {
@@ -159,11 +120,15 @@ struct FirstMoment {
 };
 
 template <typename Simd>
-struct SecondMoment {
+struct MomentMap<Simd, 1> {
   using Floats = typename Simd::Floats;
   using Ints = typename Simd::Ints;
 
   static constexpr std::uint8_t zero_code = dynamic_map_unsigned_zero_code;
+
+  QLORA_INLINE static Floats decode(Ints codes) {
+    return Simd::look_up(unsigned_dynamic_map_table.values.data(), codes);
+  }
 
   QLORA_INLINE static Ints encode(Floats x, Floats moment) {
     const Ints positive = Simd::maximum(Simd::bits(x), Simd::broadcast_int(0));
@@ -173,6 +138,58 @@ struct SecondMoment {
   }
 };
 
+/// Decodes a block's moments, updates them and the parameters, group by group.
+template <typename Simd, typename P, typename G, typename Rule, typename Rounding>
+class BlockUpdate {
+ public:
+  using Floats = typename Simd::Floats;
+
+  static constexpr int moment_count = Rule::moment_count;
+
+  QLORA_INLINE BlockUpdate(const VectorRule<Simd, Rule>& rule, const Rounding& rounding,
+                           const StateBlock<P, G, moment_count>& block, const float* absmaxes,
+                           BlockMoments<moment_count>& out)
+      : rule_(rule), rounding_(rounding), block_(block), out_(out) {
+    for_each_moment<moment_count>(
+        [&](auto m) QLORA_INLINE_LAMBDA { scales_[m] = Simd::broadcast(absmaxes[m]); });
+  }
+
+  QLORA_INLINE void group(std::int64_t first) {
+    const std::int64_t ahead = first + prefetch_distance_8bit;
+    prefetch_group<Simd>(block_.param + ahead);
+    prefetch_group<Simd>(block_.grad + ahead);
+    for_each_moment<moment_count>(
+        [&](auto m) QLORA_INLINE_LAMBDA { prefetch_group<Simd>(block_.codes[m] + ahead); });
+    for (int j = 0; j < registers_per_group; ++j) {
+      const std::int64_t i = first + j * Simd::lanes;
+      Floats moments[moment_count];
+      for_each_moment<moment_count>([&](auto m) QLORA_INLINE_LAMBDA {
+        moments[m] = MomentMap<Simd, m>::decode(Simd::load_bytes(block_.codes[m] + i)) * scales_[m];
+      });
+      Floats p = Simd::load(block_.param + i);
+      rule_(p, Simd::load(block_.grad + i), moments);
+      rounding_.store(block_.param, i, p);
+      for_each_moment<moment_count>([&](auto m) QLORA_INLINE_LAMBDA {
+        Simd::store(out_.values[m] + i, moments[m]);
+        maxima_[m].see(moments[m]);
+      });
+    }
+  }
+
+  QLORA_INLINE void finish() {
+    for_each_moment<moment_count>(
+        [&](auto m) QLORA_INLINE_LAMBDA { out_.absmaxes[m] = maxima_[m].value(); });
+  }
+
+ private:
+  const VectorRule<Simd, Rule> rule_;
+  const Rounding& rounding_;
+  const StateBlock<P, G, moment_count> block_;
+  Floats scales_[moment_count];
+  BlockMoments<moment_count>& out_;
+  AbsoluteMaximum<Simd> maxima_[moment_count];
+};
+
 /// BlockNormalizer's rule for an absmax that is not zero: whether it multiplies by the reciprocal.
 QLORA_INLINE bool has_finite_reciprocal(float absmax) {
   return 1.0f / absmax <= std::numeric_limits<float>::max();
@@ -180,7 +197,7 @@ QLORA_INLINE bool has_finite_reciprocal(float absmax) {
 
 /// Encodes a moment of a block, group by group. `unit` is the absmax if `divides`, else its
 /// reciprocal.
-template <typename Simd, typename Moment, bool divides>
+template <typename Simd, typename Map, bool divides>
 class MomentEncoder {
  public:
   QLORA_INLINE MomentEncoder(const float* moment, float unit, std::uint8_t* codes)
@@ -190,7 +207,7 @@ class MomentEncoder {
     typename Simd::Ints code[registers_per_group];
     for (int j = 0; j < registers_per_group; ++j) {
       const auto value = Simd::load(moment_ + first + j * Simd::lanes);
-      code[j] = Moment::encode(divides ? value / unit_ : value * unit_, value);
+      code[j] = Map::encode(divides ? value / unit_ : value * unit_, value);
     }
     Simd::store_bytes(codes_ + first, code[0], code[1], code[2], code[3]);
   }
@@ -210,47 +227,53 @@ QLORA_INLINE void for_each_group(Steps&&... steps) {
 }
 
 /// Writes the codes of a moment by itself.
-template <typename Simd, typename Moment>
+template <typename Simd, typename Map>
 void encode_moment(const float* moment, float absmax, std::uint8_t* codes) {
   if (absmax == 0.0f) {
-    std::memset(codes, Moment::zero_code, state_block_size);
+    std::memset(codes, Map::zero_code, state_block_size);
   } else if (has_finite_reciprocal(absmax)) {
-    for_each_group<Simd>(MomentEncoder<Simd, Moment, false>(moment, 1.0f / absmax, codes));
+    for_each_group<Simd>(MomentEncoder<Simd, Map, false>(moment, 1.0f / absmax, codes));
   } else {
-    for_each_group<Simd>(MomentEncoder<Simd, Moment, true>(moment, absmax, codes));
+    for_each_group<Simd>(MomentEncoder<Simd, Map, true>(moment, absmax, codes));
   }
 }
 
 /// Steps the blocks of one tensor in turn. A block is encoded together with the update of the next:
 /// the one is busy with table entries, and the other with divisions and roots.
-template <typename Simd, typename P, typename G>
+template <typename Simd, typename P, typename G, typename Rule, typename Rounding>
 class BlockStepper {
  public:
-  using Block = AdamW8bitBlock<P, G>;
-  using Moments = AdamW8bitMoments<Simd>;
+  static constexpr int moment_count = Rule::moment_count;
+  using Block = StateBlock<P, G, moment_count>;
+  using Moments = BlockMoments<moment_count>;
+  using Update = BlockUpdate<Simd, P, G, Rule, Rounding>;
 
-  QLORA_INLINE explicit BlockStepper(const AdamWRule& rule) : rule_(rule) {}
+  QLORA_INLINE BlockStepper(const OptimizerTensor& tensor, const Rule& rule, Rounding& rounding)
+      : rule_(rule),
+        rounding_(rounding),
+        tensor_{tensor.param.as<P>(), tensor.grad.as<const G>(), {}} {
+    const OptimizerState& state = tensor.state;
+    const TensorView* const codes[] = {&state.exp_avg, &state.exp_avg_sq};
+    const TensorView* const absmaxes[] = {&state.exp_avg_absmax, &state.exp_avg_sq_absmax};
+    for_each_moment<moment_count>([&](auto m) QLORA_INLINE_LAMBDA {
+      tensor_.codes[m] = codes[m]->template as<std::uint8_t>();
+      absmaxes_[m] = absmaxes[m]->template as<float>();
+    });
+  }
 
-  /// A whole block. Its codes are written by the next call, its two scales by this one.
-  QLORA_INLINE void step(const Block& block, float& absmax, float& absmax_sq) {
+  /// A whole block. Its codes are written by the next call, its scales by this one.
+  QLORA_INLINE void step(std::int64_t b) {
+    const Block block = block_at(b);
     Moments& moments = moments_[is_odd_];
-    BlockUpdate<Simd, P, G> update(rule_, block, absmax, absmax_sq, moments);
-    const Moments& waiting = moments_[!is_odd_];
-    if (is_waiting_ && has_finite_reciprocal(waiting.absmax) &&
-        has_finite_reciprocal(waiting.absmax_sq)) {
-      for_each_group<Simd>(
-          update,
-          MomentEncoder<Simd, FirstMoment<Simd>, false>(waiting.exp_avg, 1.0f / waiting.absmax,
-                                                        waiting_block_.exp_avg),
-          MomentEncoder<Simd, SecondMoment<Simd>, false>(
-              waiting.exp_avg_sq, 1.0f / waiting.absmax_sq, waiting_block_.exp_avg_sq));
+    Update update = make_update(b, block, moments);
+    if (is_waiting_ && multiplies(moments_[!is_odd_])) {
+      step_and_encode(update, std::make_integer_sequence<int, moment_count>());
     } else {
       for_each_group<Simd>(update);
       finish();
     }
     update.finish();
-    absmax = moments.absmax;
-    absmax_sq = moments.absmax_sq;
+    store_absmaxes(b, moments);
     waiting_block_ = block;
     is_waiting_ = true;
     is_odd_ = !is_odd_;
@@ -258,37 +281,81 @@ class BlockStepper {
 
   /// Encodes the block that waits.
   QLORA_INLINE void finish() {
-    if (!is_waiting_) return;
-    const Moments& waiting = moments_[!is_odd_];
-    encode_moment<Simd, FirstMoment<Simd>>(waiting.exp_avg, waiting.absmax, waiting_block_.exp_avg);
-    encode_moment<Simd, SecondMoment<Simd>>(waiting.exp_avg_sq, waiting.absmax_sq,
-                                            waiting_block_.exp_avg_sq);
+    if (is_waiting_) encode(moments_[!is_odd_], waiting_block_);
     is_waiting_ = false;
   }
 
-  /// A block of less than 256 elements, with none waiting.
-  QLORA_INLINE void step_short(const Block& block, std::int64_t count, float& absmax,
-                               float& absmax_sq) {
-    PaddedBlock<P, G> room;
-    const Block padded{room.param, room.grad, room.exp_avg, room.exp_avg_sq};
+  /// A last block of `count` elements, with none waiting.
+  QLORA_INLINE void step_short(std::int64_t b, std::int64_t count) {
+    const Block block = block_at(b);
+    PaddedBlock<P, G, moment_count> room;
+    const Block padded = room.block();
     block.copy_to(padded, count);
     std::memcpy(room.grad, block.grad, static_cast<std::size_t>(count) * sizeof(G));
     Moments& moments = moments_[0];
-    for_each_group<Simd>(BlockUpdate<Simd, P, G>(rule_, padded, absmax, absmax_sq, moments));
-    AbsoluteMaximum<Simd> maximum, maximum_sq;  // of the elements alone: a padding may become NaN
-    for (std::int64_t i = 0; i < count; i += Simd::lanes) {
-      maximum.see(Simd::load_partial(moments.exp_avg + i, std::min(count - i, Simd::lanes)));
-      maximum_sq.see(Simd::load_partial(moments.exp_avg_sq + i, std::min(count - i, Simd::lanes)));
-    }
-    absmax = maximum.value();
-    absmax_sq = maximum_sq.value();
-    encode_moment<Simd, FirstMoment<Simd>>(moments.exp_avg, absmax, padded.exp_avg);
-    encode_moment<Simd, SecondMoment<Simd>>(moments.exp_avg_sq, absmax_sq, padded.exp_avg_sq);
+    for_each_group<Simd>(make_update(b, padded, moments));
+    for_each_moment<moment_count>([&](auto m) QLORA_INLINE_LAMBDA {
+      AbsoluteMaximum<Simd> maximum;  // of the elements alone: a padding may become NaN
+      for (std::int64_t i = 0; i < count; i += Simd::lanes) {
+        maximum.see(Simd::load_partial(moments.values[m] + i, std::min(count - i, Simd::lanes)));
+      }
+      moments.absmaxes[m] = maximum.value();
+    });
+    store_absmaxes(b, moments);
+    encode(moments, padded);
     padded.copy_to(block, count);
   }
 
  private:
-  const AdamWVectorRule<Simd> rule_;
+  QLORA_INLINE Block block_at(std::int64_t b) const {
+    const std::int64_t first = b * state_block_size;
+    Block block{tensor_.param + first, tensor_.grad + first, {}};
+    for_each_moment<moment_count>(
+        [&](auto m) QLORA_INLINE_LAMBDA { block.codes[m] = tensor_.codes[m] + first; });
+    return block;
+  }
+
+  QLORA_INLINE Update make_update(std::int64_t b, const Block& block, Moments& out) {
+    rounding_.begin_run(b * state_block_size);
+    float absmaxes[moment_count];
+    for_each_moment<moment_count>([&](auto m)
+                                      QLORA_INLINE_LAMBDA { absmaxes[m] = absmaxes_[m][b]; });
+    return Update(rule_, rounding_, block, absmaxes, out);
+  }
+
+  QLORA_INLINE void store_absmaxes(std::int64_t b, const Moments& moments) {
+    for_each_moment<moment_count>(
+        [&](auto m) QLORA_INLINE_LAMBDA { absmaxes_[m][b] = moments.absmaxes[m]; });
+  }
+
+  /// Whether every moment is encoded by products.
+  QLORA_INLINE static bool multiplies(const Moments& moments) {
+    bool all = true;
+    for_each_moment<moment_count>([&](auto m) QLORA_INLINE_LAMBDA {
+      all = all && has_finite_reciprocal(moments.absmaxes[m]);
+    });
+    return all;
+  }
+
+  template <int... m>
+  QLORA_INLINE void step_and_encode(Update& update, std::integer_sequence<int, m...>) {
+    const Moments& waiting = moments_[!is_odd_];
+    for_each_group<Simd>(
+        update, MomentEncoder<Simd, MomentMap<Simd, m>, false>(
+                    waiting.values[m], 1.0f / waiting.absmaxes[m], waiting_block_.codes[m])...);
+  }
+
+  QLORA_INLINE static void encode(const Moments& moments, const Block& block) {
+    for_each_moment<moment_count>([&](auto m) QLORA_INLINE_LAMBDA {
+      encode_moment<Simd, MomentMap<Simd, m>>(moments.values[m], moments.absmaxes[m],
+                                              block.codes[m]);
+    });
+  }
+
+  const VectorRule<Simd, Rule> rule_;
+  Rounding& rounding_;
+  Block tensor_;  // its first block
+  float* absmaxes_[moment_count];
   Moments moments_[2];
   Block waiting_block_{};
   bool is_waiting_ = false;
@@ -296,35 +363,20 @@ class BlockStepper {
 };
 
 /// Blocks [begin, end) of `tensor`, whose last may be short.
-template <typename Simd, typename P, typename G>
-QLORA_INLINE void step_blocks(const OptimizerTensor& tensor, const AdamWRule& rule,
-                              std::int64_t begin, std::int64_t end) {
-  BlockStepper<Simd, P, G> stepper(rule);
-  float* const absmax = tensor.state.exp_avg_absmax.as<float>();
-  float* const absmax_sq = tensor.state.exp_avg_sq_absmax.as<float>();
-  const auto block_at = [&](std::int64_t b) {
-    const std::int64_t first = b * state_block_size;
-    return AdamW8bitBlock<P, G>{tensor.param.as<P>() + first, tensor.grad.as<const G>() + first,
-                                tensor.state.exp_avg.as<std::uint8_t>() + first,
-                                tensor.state.exp_avg_sq.as<std::uint8_t>() + first};
-  };
+template <typename Simd, typename Rule>
+QLORA_INLINE void step_blocks(const OptimizerTensor& tensor, const Rule& rule,
+                              const RoundingStream* stream, std::int64_t begin, std::int64_t end) {
   const std::int64_t whole_count = tensor.param.numel() / state_block_size;
-  for (std::int64_t b = begin; b < std::min(end, whole_count); ++b) {
-    stepper.step(block_at(b), absmax[b], absmax_sq[b]);
-  }
-  stepper.finish();
-  if (end > whole_count) {
-    stepper.step_short(block_at(whole_count), tensor.param.numel() % state_block_size,
-                       absmax[whole_count], absmax_sq[whole_count]);
-  }
-}
-
-template <typename Simd>
-QLORA_INLINE void adamw8bit_step(const OptimizerTensor& tensor, const AdamWRule& rule,
-                                 std::int64_t begin, std::int64_t end) {
-  simd::with_float_type(tensor.param.dtype, [&]<typename P>(P) {
-    simd::with_float_type(tensor.grad.dtype, [&]<typename G>(G) {
-      step_blocks<Simd, P, G>(tensor, rule, begin, end);
+  simd::with_float_type(tensor.param.dtype, [&]<typename P>(P) QLORA_INLINE_LAMBDA {
+    simd::with_float_type(tensor.grad.dtype, [&]<typename G>(G) QLORA_INLINE_LAMBDA {
+      with_rounding<Simd, P>(stream, [&]<typename R>(R& rounding) QLORA_INLINE_LAMBDA {
+        BlockStepper<Simd, P, G, Rule, R> stepper(tensor, rule, rounding);
+        for (std::int64_t b = begin; b < std::min(end, whole_count); ++b) stepper.step(b);
+        stepper.finish();
+        if (end > whole_count) {
+          stepper.step_short(whole_count, tensor.param.numel() % state_block_size);
+        }
+      });
     });
   });
 }

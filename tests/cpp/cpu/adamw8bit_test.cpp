@@ -4,18 +4,16 @@
 #include <cmath>
 
 #include "core/operations.h"
-#include "support/golden.h"
 #include "support/optimizer_tensors.h"
+#include "support/stored_moment.h"
 
 namespace qlora {
 namespace {
 
 using reference::AdamWElement;
-using reference::float32_format;
-using reference::round_to;
 
 constexpr AdamWElement::Numbers numbers = {1e-3, 0.9, 0.999, 1e-8, 1e-2};
-constexpr std::int64_t block = 256;
+constexpr std::int64_t block = StoredMoment::block;
 
 OptimizerStep make_step(std::int64_t t) {
   OptimizerStep step;
@@ -23,46 +21,15 @@ OptimizerStep make_step(std::int64_t t) {
   return step;
 }
 
-/// One moment in 8 bits.
-struct Moment {
-  std::vector<double> map;
-  HostTensor codes, absmax;
-
-  Moment(const char* map_file, double zero_code, std::int64_t count)
-      : map(read_golden_floats(map_file)),
-        codes(DType::uint8, {count},
-              std::vector<double>(static_cast<std::size_t>(count), zero_code)),
-        absmax(DType::float32, {(count + block - 1) / block},
-               std::vector<double>(static_cast<std::size_t>((count + block - 1) / block))) {}
-
-  double decode(std::int64_t i) const {
-    const std::uint8_t code = codes.bytes()[static_cast<std::size_t>(i)];
-    return round_to(float32_format, map[code] * absmax[i / block]);
-  }
-
-  /// The stored code is an entry nearest to value / absmax, allowing for `error` in the value.
-  void expect_nearest(std::int64_t i, double value, double error) const {
-    const double scale = absmax[i / block];
-    const double x = value / scale;
-    double nearest = HUGE_VAL;
-    for (const double entry : map) nearest = std::min(nearest, std::fabs(entry - x));
-    const double entry = map[codes.bytes()[static_cast<std::size_t>(i)]];
-    // Both distances shift by the value's error; the reciprocal, its product and the midpoint
-    // round.
-    const double doubt = 2.0 * error / scale + 4.0 * reference::fp32_unit * std::fabs(x);
-    EXPECT_LE(std::fabs(entry - x), nearest + doubt) << "element " << i;
-  }
-};
-
 struct Trained {
   HostTensor param, grad;
-  Moment exp_avg, exp_avg_sq;
+  StoredMoment exp_avg, exp_avg_sq;
 
   Trained(DType param_dtype, DType grad_dtype, std::int64_t count, Generator& generator)
       : param(HostTensor::random(param_dtype, {count}, generator, 0.1)),
         grad(grad_dtype, {count}),
-        exp_avg("dynamic_map_signed.bin", 127, count),
-        exp_avg_sq("dynamic_map_unsigned.bin", 0, count) {}
+        exp_avg(StoredMoment::first(count)),
+        exp_avg_sq(StoredMoment::second(count)) {}
 
   void draw_gradient(Generator& generator) {
     std::normal_distribution<double> normal(0.0, 0.01);

@@ -90,4 +90,28 @@ void AdamWElement::step(double grad, const Numbers& numbers, std::int64_t t) {
   param_error += u * (2.0 * std::fabs(param + update) + std::fabs(param)) + update_error;
 }
 
+void LionElement::step(double grad, const Numbers& numbers) {
+  constexpr double u = fp32_unit;
+  const auto [lr, beta1, beta2, weight_decay] = numbers;
+  // a m + (1 - a) g: two coefficients and two products round, then the sum.
+  const auto interpolate = [&](double a, double& error) {
+    const double of_moment = a * exp_avg, of_grad = (1.0 - a) * grad;
+    error = a * exp_avg_error + u * (2.0 * (std::fabs(of_moment) + std::fabs(of_grad)) +
+                                     std::fabs(of_moment + of_grad));
+    return of_moment + of_grad;
+  };
+  double direction_error, new_exp_avg_error;
+  const double direction = interpolate(beta1, direction_error);
+  const double new_exp_avg = interpolate(beta2, new_exp_avg_error);
+  exp_avg = new_exp_avg;
+  exp_avg_error = new_exp_avg_error;
+
+  is_sign_sure = direction == 0.0 ? direction_error == 0.0 : std::fabs(direction) > direction_error;
+  const double update = lr * static_cast<double>((direction > 0.0) - (direction < 0.0));
+  param = param * (1.0 - lr * weight_decay) - update;
+  // The decay and its product, the learning rate, the difference.
+  param_error += u * (2.0 * std::fabs(param + update) + std::fabs(update) + std::fabs(param)) +
+                 (is_sign_sure ? 0.0 : 2.0 * lr);
+}
+
 }  // namespace reference

@@ -76,4 +76,17 @@ struct AdamWElement {
   void step(double grad, const Numbers& numbers, std::int64_t t);
 };
 
+/// Lion in the same way (Chen et al. 2023, algorithm 2).
+struct LionElement {
+  double param, exp_avg = 0.0;
+  double param_error = 0.0, exp_avg_error = 0.0;
+  bool is_sign_sure =
+      true;  // else fp32 may have taken the other sign, which param_error allows for
+
+  struct Numbers {
+    double lr, beta1, beta2, weight_decay;
+  };
+  void step(double grad, const Numbers& numbers);
+};
+
 }  // namespace reference
