@@ -1,11 +1,11 @@
 // The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
 // demand of their arguments.
 #include "core/backend.h"
-#include "cuda/adamw.h"
 #include "cuda/dropout.h"
 #include "cuda/lora.h"
 #include "cuda/nf4_codec.h"
 #include "cuda/nf4_matmul_dispatch.h"
+#include "cuda/optimizer.h"
 #include "cuda/paged_buffer.h"
 #include "cuda/runtime.h"
 

@@ -1,15 +1,15 @@
 // The 8-bit state that the emulated device stores: codes at the midpoints of the maps, and blocks
-// whose scale is no ordinary number. adamw_test.cpp tests whole steps.
+// whose scale is no ordinary number. optimizer_test.cpp tests whole steps.
 #include <limits>
 
-#include "cuda/adamw_list.h"
 #include "cuda/emulation/emulator.h"
+#include "cuda/optimizer_list.h"
 #include "format/dynamic_map.h"
 
 namespace qlora {
 namespace {
 
-class CudaAdamW8bit : public testing::Test {
+class CudaOptimizer8bit : public testing::Test {
  protected:
   Generator generator{53};
 
@@ -34,7 +34,7 @@ class CudaAdamW8bit : public testing::Test {
   }
 };
 
-TEST_F(CudaAdamW8bit, EveryMidpointAndItsNeighboursGetTheirCodes) {
+TEST_F(CudaOptimizer8bit, EveryMidpointAndItsNeighboursGetTheirCodes) {
   std::vector<double> gradients;
   std::vector<std::uint8_t> codes;
   for (int i = 0; i < 255; ++i) {
@@ -49,25 +49,25 @@ TEST_F(CudaAdamW8bit, EveryMidpointAndItsNeighboursGetTheirCodes) {
   EXPECT_EQ(step_with(gradients).exp_avg.bytes(), codes);
 }
 
-TEST_F(CudaAdamW8bit, ASecondMomentThatIsNotZeroIsNotEncodedAsZero) {
+TEST_F(CudaOptimizer8bit, ASecondMomentThatIsNotZeroIsNotEncodedAsZero) {
   EXPECT_EQ(step_with({1.0, 1e-4, 1e-22, 0.0}).exp_avg_sq.bytes(),
             (std::vector<std::uint8_t>{255, 1, 0, 0}));
 }
 
-TEST_F(CudaAdamW8bit, ABlockOfSubnormalsIsDivided) {
+TEST_F(CudaOptimizer8bit, ABlockOfSubnormalsIsDivided) {
   std::vector<double> gradients(300, 0x1p-140);
   for (std::size_t i = 0; i < gradients.size(); i += 3) gradients[i] = 0x1p-149 * (i % 200);
   const Parameter p = step_with(gradients);
   EXPECT_EQ(p.exp_avg.bytes()[1], 255);
 }
 
-TEST_F(CudaAdamW8bit, ABlockOfZerosHasTheCodesOfZero) {
+TEST_F(CudaOptimizer8bit, ABlockOfZerosHasTheCodesOfZero) {
   const Parameter p = step_with(std::vector<double>(300, -0.0));
   EXPECT_EQ(p.exp_avg.bytes(), std::vector<std::uint8_t>(300, dynamic_map_signed_zero_code));
   EXPECT_EQ(p.exp_avg_sq.bytes(), std::vector<std::uint8_t>(300, dynamic_map_unsigned_zero_code));
 }
 
-TEST_F(CudaAdamW8bit, TheGridIsWhatTheDeviceHoldsAtOnce) {
+TEST_F(CudaOptimizer8bit, TheGridIsWhatTheDeviceHoldsAtOnce) {
   // 20 chunks, for 8 thread blocks that go round their loop.
   std::vector<Parameter> list = {
       make_parameter({.param = DType::bfloat16, .grad = DType::bfloat16, .is_8bit = true},

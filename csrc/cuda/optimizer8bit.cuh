@@ -1,10 +1,10 @@
-// The kernel of AdamW with 8-bit block-wise state. adamw.cu launches it; host tests run its body.
+// The kernel of AdamW with 8-bit block-wise state. optimizer.cu launches it; host tests run its body.
 //
-//   blocks of 256 elements are decoded, stepped as in adamw.cuh, and encoded again; the bits are
-//   those of cpu/scalar/adamw.cpp
+//   blocks of 256 elements are decoded, stepped as in optimizer.cuh, and encoded again; the bits are
+//   those of cpu/scalar/optimizer.cpp
 //
 //   param, grad: fp32, bf16 or fp16, each its own; exp_avg, exp_avg_sq: uint8 codes; absmax: fp32
-//   a thread block takes chunks in turn (adamw_chunks.h), a warp owns a block, a lane two quads of it
+//   a thread block takes chunks in turn (optimizer_chunks.h), a warp owns a block, a lane two quads of it
 //   16 bytes an element in fp32, 10 with a 16-bit parameter and gradient
 //   shared: 19 KB of tables, copied once by each thread block: the grid is what the GPU holds at once
 //
@@ -16,23 +16,23 @@
 #include <cstddef>
 #include <limits>
 
-#include "cuda/adamw.cuh"
+#include "cuda/optimizer.cuh"
 #include "cuda/shared_memory.cuh"
 #include "format/dynamic_map_table.h"
 
 namespace qlora::cuda {
 
 // 80 registers a thread, and 57 KB of shared memory. With 4 the registers do not suffice.
-inline constexpr int adamw8bit_thread_blocks_per_multiprocessor = 3;
+inline constexpr int optimizer8bit_thread_blocks_per_multiprocessor = 3;
 
-struct alignas(64) AdamW8bitTables {
+struct alignas(64) MomentTables {
   SignedDynamicMapTable exp_avg = make_signed_dynamic_map_table();
   UnsignedDynamicMapTable exp_avg_sq = make_unsigned_dynamic_map_table();
 };
-static __device__ const AdamW8bitTables device_adamw8bit_tables = {};
+static __device__ const MomentTables device_moment_tables = {};
 
-inline constexpr int adamw8bit_shared_bytes = static_cast<int>(sizeof(AdamW8bitTables));
-static_assert(adamw8bit_shared_bytes % 16 == 0);
+inline constexpr int optimizer8bit_shared_bytes = static_cast<int>(sizeof(MomentTables));
+static_assert(optimizer8bit_shared_bytes % 16 == 0);
 
 /// A table in shared memory.
 template <typename Table>
@@ -121,7 +121,7 @@ __device__ inline float absolute_maximum(const Quad (&moment)[quads_per_lane],
 
 /// One block of a tensor, by a warp. `is_whole`: it is not short, and its tensor is aligned.
 template <bool is_whole>
-__device__ void step_block(const AdamWDeviceRule& rule, const AdamWEntry& tensor,
+__device__ void step_block(const AdamWDeviceRule& rule, const OptimizerEntry& tensor,
                            std::int64_t block, int lane, const FirstMomentTable& first_table,
                            const SecondMomentTable& second_table) {
   constexpr int block_size = static_cast<int>(state_block_size);
@@ -181,34 +181,35 @@ __device__ void step_block(const AdamWDeviceRule& rule, const AdamWEntry& tensor
   }
 }
 
-static __global__ void __launch_bounds__(adamw_threads, adamw8bit_thread_blocks_per_multiprocessor)
-    adamw8bit_kernel(const __grid_constant__ AdamWArguments a) {
+static __global__ void __launch_bounds__(optimizer_threads,
+                                         optimizer8bit_thread_blocks_per_multiprocessor)
+    optimizer8bit_kernel(const __grid_constant__ OptimizerArguments a) {
   if (is_skipped(a.found_inf)) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % lanes_per_warp, warp = warp_index(thread);
   const Shared<Bytes16> tables = dynamic_shared_memory<Bytes16>();
-  constexpr int table_accesses = adamw8bit_shared_bytes / 16;
+  constexpr int table_accesses = optimizer8bit_shared_bytes / 16;
 #pragma unroll
-  for (int first = 0; first < table_accesses; first += adamw_threads) {
-    const auto* const source = reinterpret_cast<const Bytes16*>(&device_adamw8bit_tables);
+  for (int first = 0; first < table_accesses; first += optimizer_threads) {
+    const auto* const source = reinterpret_cast<const Bytes16*>(&device_moment_tables);
     const int i = first + thread;
     if (i < table_accesses) tables.store(i, load_16_bytes(source + i));
   }
   __syncthreads();
   const Shared<unsigned char> bytes = tables.as<unsigned char>();
-  const FirstMomentTable first_table(bytes + static_cast<int>(offsetof(AdamW8bitTables, exp_avg)));
+  const FirstMomentTable first_table(bytes + static_cast<int>(offsetof(MomentTables, exp_avg)));
   const SecondMomentTable second_table(bytes +
-                                       static_cast<int>(offsetof(AdamW8bitTables, exp_avg_sq)));
+                                       static_cast<int>(offsetof(MomentTables, exp_avg_sq)));
 
   for (std::uint32_t chunk = blockIdx.x; chunk < a.chunks.chunk_count(); chunk += gridDim.x) {
     const int index = a.chunks.tensor_of(chunk);
-    const AdamWEntry& tensor = a.tensors[index];
+    const OptimizerEntry& tensor = a.tensors[index];
     const AdamWDeviceRule rule = rule_of(a, index);
     const std::int64_t first_block = a.chunks.first_element(index, chunk) / state_block_size;
     const std::int64_t whole_blocks = tensor.is_aligned ? tensor.count / state_block_size : 0;
     const std::int64_t blocks = ceil_divide(tensor.count, state_block_size);
 #pragma unroll 1
-    for (int i = warp; i < blocks_per_chunk; i += adamw_warps) {
+    for (int i = warp; i < blocks_per_chunk; i += optimizer_warps) {
       const std::int64_t block = first_block + i;
       if (block < whole_blocks) {
         step_block<true>(rule, tensor, block, lane, first_table, second_table);

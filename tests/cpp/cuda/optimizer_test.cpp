@@ -2,9 +2,9 @@
 // are on the host or on the device. What both kinds of state share is tested with both.
 #include <limits>
 
-#include "cuda/adamw_list.h"
-#include "cuda/adamw_rule.cuh"
 #include "cuda/emulation/emulator.h"
+#include "cuda/optimizer_list.h"
+#include "cuda/optimizer_rules.cuh"
 #include "support/expect_error.h"
 
 namespace qlora {
@@ -45,7 +45,7 @@ TEST(CudaAdamWRule, DividesByTheBiasCorrectionToTheBit) {
   }
 }
 
-class CudaAdamWDtypes : public testing::TestWithParam<std::tuple<DType, DType>> {
+class CudaOptimizerDtypes : public testing::TestWithParam<std::tuple<DType, DType>> {
  protected:
   void SetUp() override { emulator::device() = {}; }
   void TearDown() override { EXPECT_EQ(emulator::device().live_allocations, 0); }
@@ -63,32 +63,32 @@ class CudaAdamWDtypes : public testing::TestWithParam<std::tuple<DType, DType>> 
   Generator generator{51};
 };
 
-TEST_P(CudaAdamWDtypes, StepsHaveTheCpuBits) {
+TEST_P(CudaOptimizerDtypes, StepsHaveTheCpuBits) {
   expect_the_cpu_bits(make_list(false), false, 4, generator);
 }
 
-TEST_P(CudaAdamWDtypes, StepsOfTensorsThatAreNotAlignedHaveTheCpuBits) {
+TEST_P(CudaOptimizerDtypes, StepsOfTensorsThatAreNotAlignedHaveTheCpuBits) {
   expect_the_cpu_bits(make_list(false), false, 1, generator, 1);
   expect_the_cpu_bits(make_list(false), false, 1, generator, 2);
 }
 
-TEST_P(CudaAdamWDtypes, StepsWith8BitStateHaveTheCpuBits) {
+TEST_P(CudaOptimizerDtypes, StepsWith8BitStateHaveTheCpuBits) {
   expect_the_cpu_bits(make_list(true), true, 4, generator);
 }
 
-TEST_P(CudaAdamWDtypes, StepsWith8BitStateOfTensorsThatAreNotAlignedHaveTheCpuBits) {
+TEST_P(CudaOptimizerDtypes, StepsWith8BitStateOfTensorsThatAreNotAlignedHaveTheCpuBits) {
   expect_the_cpu_bits(make_list(true), true, 1, generator, 1);
   expect_the_cpu_bits(make_list(true), true, 1, generator, 2);
 }
 
-INSTANTIATE_TEST_SUITE_P(Dtypes, CudaAdamWDtypes, testing::Combine(float_dtypes, float_dtypes),
+INSTANTIATE_TEST_SUITE_P(Dtypes, CudaOptimizerDtypes, testing::Combine(float_dtypes, float_dtypes),
                          [](const auto& instance) {
                            return std::string(name_of(std::get<0>(instance.param))) + "Grad" +
                                   name_of(std::get<1>(instance.param));
                          });
 
 /// A list of all dtypes, with either kind of state.
-class CudaAdamW : public testing::TestWithParam<bool> {
+class CudaOptimizer : public testing::TestWithParam<bool> {
  protected:
   const bool is_8bit = GetParam();
   Generator generator{52};
@@ -113,12 +113,12 @@ class CudaAdamW : public testing::TestWithParam<bool> {
   const char* operation() const { return is_8bit ? "adamw8bit_step" : "adamw_step"; }
 };
 
-TEST_P(CudaAdamW, AListOfAllDtypesIsOneLaunch) {
+TEST_P(CudaOptimizer, AListOfAllDtypesIsOneLaunch) {
   expect_the_cpu_bits(make_list(), is_8bit, 1, generator);
   EXPECT_EQ(emulator::device().launch_count, 1);
 }
 
-TEST_P(CudaAdamW, TheOrderOfTheThreadsDoesNotMatterNorTheSizeOfTheGrid) {
+TEST_P(CudaOptimizer, TheOrderOfTheThreadsDoesNotMatterNorTheSizeOfTheGrid) {
   emulator::device().max_thread_blocks = 1;
   for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
     emulator::device().order = order;
@@ -127,7 +127,7 @@ TEST_P(CudaAdamW, TheOrderOfTheThreadsDoesNotMatterNorTheSizeOfTheGrid) {
   }
 }
 
-TEST_P(CudaAdamW, AListOfMoreTensorsThanALaunchTakesIsSeveral) {
+TEST_P(CudaOptimizer, AListOfMoreTensorsThanALaunchTakesIsSeveral) {
   std::vector<Parameter> list;
   for (int i = 0; i < 500; ++i) {
     list.push_back(
@@ -137,14 +137,14 @@ TEST_P(CudaAdamW, AListOfMoreTensorsThanALaunchTakesIsSeveral) {
   EXPECT_EQ(emulator::device().launch_count, 2);
 }
 
-TEST_P(CudaAdamW, NothingIsLaunchedForEmptyTensors) {
+TEST_P(CudaOptimizer, NothingIsLaunchedForEmptyTensors) {
   std::vector<Parameter> list;
   for (int i = 0; i < 3; ++i) list.push_back(make_parameter({.is_8bit = is_8bit}, 0, generator));
   expect_the_cpu_bits(list, is_8bit, 1, generator);
   EXPECT_EQ(emulator::device().launch_count, 0);
 }
 
-TEST_P(CudaAdamW, NumbersOnTheDeviceAreThoseOfTheHost) {
+TEST_P(CudaOptimizer, NumbersOnTheDeviceAreThoseOfTheHost) {
   // The first list keeps its numbers on the host, the second on the device.
   std::vector<Parameter> list = make_list(), counted = list;
   HostTensor lr(DType::float32, {1}), scale(DType::float32, {1}), found(DType::float32, {1}, {0.0});
@@ -190,7 +190,7 @@ TEST_P(CudaAdamW, NumbersOnTheDeviceAreThoseOfTheHost) {
   EXPECT_EQ(emulator::device().synchronize_count, 0);
 }
 
-TEST_P(CudaAdamW, AGradientScaleOfAnySizeHasTheCpuBits) {
+TEST_P(CudaOptimizer, AGradientScaleOfAnySizeHasTheCpuBits) {
   std::vector<Parameter> list = make_list();
   DeviceList on_device(list);
   for (Parameter& p : list) draw_gradient(p, 1, generator);
@@ -204,7 +204,7 @@ TEST_P(CudaAdamW, AGradientScaleOfAnySizeHasTheCpuBits) {
   EXPECT_TRUE(on_device.equals(list));
 }
 
-TEST_P(CudaAdamW, AStepThatFoundInfDoesNothing) {
+TEST_P(CudaOptimizer, AStepThatFoundInfDoesNothing) {
   for (const bool has_step_count : {false, true}) {
     std::vector<Parameter> list = make_list(has_step_count);
     for (Parameter& p : list) draw_gradient(p, 1, generator);
@@ -219,7 +219,7 @@ TEST_P(CudaAdamW, AStepThatFoundInfDoesNothing) {
   }
 }
 
-TEST_P(CudaAdamW, ANaNGradientIsSeenWhereTheCpuShowsIt) {
+TEST_P(CudaOptimizer, ANaNGradientIsSeenWhereTheCpuShowsIt) {
   std::vector<Parameter> list = {make_parameter({.is_8bit = is_8bit}, 700, generator)};
   DeviceList on_device(list);
   for (std::int64_t t = 1; t <= 2; ++t) {
@@ -238,7 +238,7 @@ TEST_P(CudaAdamW, ANaNGradientIsSeenWhereTheCpuShowsIt) {
   }
 }
 
-TEST_P(CudaAdamW, AnOldDriverIsUnsupported) {
+TEST_P(CudaOptimizer, AnOldDriverIsUnsupported) {
   std::vector<Parameter> list = {make_parameter({.is_8bit = is_8bit}, 700, generator)};
   DeviceList on_device(list);
   emulator::device().driver_version = 12000;
@@ -249,7 +249,7 @@ TEST_P(CudaAdamW, AnOldDriverIsUnsupported) {
       [&] { step_list(on_device.views(), is_8bit, step_number(1)); });
 }
 
-TEST_P(CudaAdamW, StepsCanBeCapturedAndRunOnTheCallersStream) {
+TEST_P(CudaOptimizer, StepsCanBeCapturedAndRunOnTheCallersStream) {
   std::vector<Parameter> list = make_list(true);
   DeviceList on_device(list);
   emulator::device().is_capturing = true;
@@ -259,7 +259,7 @@ TEST_P(CudaAdamW, StepsCanBeCapturedAndRunOnTheCallersStream) {
   EXPECT_EQ(emulator::device().synchronize_count, 0);
 }
 
-TEST_P(CudaAdamW, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
+TEST_P(CudaOptimizer, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
   std::vector<Parameter> list;
   for (int i = 0; i < 500; ++i) {
     list.push_back(make_parameter({.is_8bit = is_8bit}, 3, generator));
@@ -273,7 +273,7 @@ TEST_P(CudaAdamW, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
   EXPECT_EQ(emulator::device().launch_count, 0);
 }
 
-TEST_P(CudaAdamW, AFailedLaunchFreesItsMemory) {
+TEST_P(CudaOptimizer, AFailedLaunchFreesItsMemory) {
   std::vector<Parameter> list = make_list(true);
   DeviceList on_device(list);
   emulator::device().launch_error = cudaErrorIllegalAddress;
@@ -282,7 +282,7 @@ TEST_P(CudaAdamW, AFailedLaunchFreesItsMemory) {
       [&] { step_list(on_device.views(), is_8bit, step_number(1)); });
 }
 
-TEST_P(CudaAdamW, AnAddressThatIsNoElementsIsRefusedByName) {
+TEST_P(CudaOptimizer, AnAddressThatIsNoElementsIsRefusedByName) {
   std::vector<Parameter> list = make_list(true);
   DeviceList on_device(list);
   std::vector<Views> views = on_device.views();
@@ -293,7 +293,7 @@ TEST_P(CudaAdamW, AnAddressThatIsNoElementsIsRefusedByName) {
                  [&] { step_list(views, is_8bit, step_number(1)); });
 }
 
-INSTANTIATE_TEST_SUITE_P(State, CudaAdamW, testing::Bool(), [](const auto& instance) {
+INSTANTIATE_TEST_SUITE_P(State, CudaOptimizer, testing::Bool(), [](const auto& instance) {
   return instance.param ? "In8Bits" : "In32Bits";
 });
 

@@ -1,13 +1,13 @@
 // Puts lists of parameters into launches of the optimisers' kernels, and queues them.
-#include "cuda/adamw.h"
+#include "cuda/optimizer.h"
 
 #include <algorithm>
 #include <memory>
 #include <optional>
 
-#include "cuda/adamw.cuh"
-#include "cuda/adamw8bit.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/optimizer.cuh"
+#include "cuda/optimizer8bit.cuh"
 
 namespace qlora::cuda {
 namespace {
@@ -31,18 +31,18 @@ bool is_quad_aligned(const TensorView& tensor) {
   return address % (elements_per_quad * element) == 0;
 }
 
-AdamWEntry entry_of(const OptimizerTensor& tensor) {
+OptimizerEntry entry_of(const OptimizerTensor& tensor) {
   const OptimizerState& state = tensor.state;
-  AdamWEntry entry{.param = tensor.param.data,
-                   .grad = tensor.grad.data,
-                   .exp_avg = state.exp_avg.data,
-                   .exp_avg_sq = state.exp_avg_sq.data,
-                   .exp_avg_absmax = state.exp_avg_absmax.as<float>(),
-                   .exp_avg_sq_absmax = state.exp_avg_sq_absmax.as<float>(),
-                   .count = tensor.param.numel(),
-                   .param_kind = kind_of(tensor.param.dtype),
-                   .grad_kind = kind_of(tensor.grad.dtype),
-                   .is_aligned = true};
+  OptimizerEntry entry{.param = tensor.param.data,
+                       .grad = tensor.grad.data,
+                       .exp_avg = state.exp_avg.data,
+                       .exp_avg_sq = state.exp_avg_sq.data,
+                       .exp_avg_absmax = state.exp_avg_absmax.as<float>(),
+                       .exp_avg_sq_absmax = state.exp_avg_sq_absmax.as<float>(),
+                       .count = tensor.param.numel(),
+                       .param_kind = kind_of(tensor.param.dtype),
+                       .grad_kind = kind_of(tensor.grad.dtype),
+                       .is_aligned = true};
   for (const TensorView* view : {&tensor.param, &tensor.grad, &state.exp_avg, &state.exp_avg_sq}) {
     entry.is_aligned &= is_quad_aligned(*view);
   }
@@ -55,8 +55,8 @@ const float* device_number(const TensorView& number) {
 
 /// The two kernels' arguments for as many tensors as one launch takes.
 struct Batch {
-  AdamWArguments step;
-  AdamWRuleArguments rules;
+  OptimizerArguments step;
+  OptimizerRuleArguments rules;
 
   Batch(const OptimizerStep& s, AdamWRule* memory_of_rules)
       : step{.rule = AdamWRule(s),
@@ -74,7 +74,7 @@ struct Batch {
 
   /// Returns false where the tensor does not fit any more.
   bool append(const OptimizerTensor& tensor) {
-    const AdamWEntry entry = entry_of(tensor);
+    const OptimizerEntry entry = entry_of(tensor);
     const int index = step.chunks.tensor_count();
     if (!step.chunks.append(entry.count)) return false;
     step.tensors[index] = entry;
@@ -108,7 +108,7 @@ void launch_batches(std::span<const OptimizerTensor> tensors, const OptimizerSte
           " elements, more than a launch takes");
     tensors = tensors.subspan(taken);
     if (rules != nullptr) {
-      launch(operation, adamw_rules_kernel,
+      launch(operation, optimizer_rules_kernel,
              {static_cast<unsigned>(ceil_divide(batch->rules.tensor_count, rule_threads)),
               rule_threads},
              stream, batch->rules);
@@ -122,9 +122,9 @@ void launch_batches(std::span<const OptimizerTensor> tensors, const OptimizerSte
 void launch_adamw_step(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
                        cudaStream_t stream) {
   const char* const operation = "adamw_step";
-  launch_batches(tensors, step, operation, stream, [&](const AdamWArguments& arguments) {
-    launch(operation, adamw_kernel,
-           {std::min(arguments.chunks.chunk_count(), max_thread_blocks), adamw_threads}, stream,
+  launch_batches(tensors, step, operation, stream, [&](const OptimizerArguments& arguments) {
+    launch(operation, optimizer_kernel,
+           {std::min(arguments.chunks.chunk_count(), max_thread_blocks), optimizer_threads}, stream,
            arguments);
   });
 }
@@ -133,13 +133,13 @@ void launch_adamw8bit_step(std::span<const OptimizerTensor> tensors, const Optim
                            cudaStream_t stream) {
   const char* const operation = "adamw8bit_step";
   const DeviceTraits& device = device_traits(tensors.front().param.device.index, operation);
-  const auto resident = static_cast<std::uint32_t>(adamw8bit_thread_blocks_per_multiprocessor *
+  const auto resident = static_cast<std::uint32_t>(optimizer8bit_thread_blocks_per_multiprocessor *
                                                    device.multiprocessor_count);
-  launch_batches(tensors, step, operation, stream, [&](const AdamWArguments& arguments) {
-    launch(
-        operation, adamw8bit_kernel,
-        {std::min(arguments.chunks.chunk_count(), resident), adamw_threads, adamw8bit_shared_bytes},
-        stream, arguments);
+  launch_batches(tensors, step, operation, stream, [&](const OptimizerArguments& arguments) {
+    launch(operation, optimizer8bit_kernel,
+           {std::min(arguments.chunks.chunk_count(), resident), optimizer_threads,
+            optimizer8bit_shared_bytes},
+           stream, arguments);
   });
 }
 

@@ -1,11 +1,11 @@
 // The kernel of AdamW with 32-bit state, and the one that reads a step's numbers on the device.
-// adamw.cu launches them; host tests run their bodies.
+// optimizer.cu launches them; host tests run their bodies.
 //
 //   core/adamw_rule.h on every element of a list of tensors, in fp32, with one rounding of the
-//   parameter; the bits are those of cpu/scalar/adamw.cpp
+//   parameter; the bits are those of cpu/scalar/optimizer.cpp
 //
 //   param, grad: fp32, bf16 or fp16, each its own; exp_avg, exp_avg_sq: fp32
-//   a thread block owns a chunk of 4096 elements (adamw_chunks.h), a thread 4 quads of it
+//   a thread block owns a chunk of 4096 elements (optimizer_chunks.h), a thread 4 quads of it
 //   28 bytes an element in fp32, 22 with a 16-bit parameter and gradient; no shared memory
 //
 // A thread has a quad on its way, 48 to 64 bytes: 48 KB or more for the 1024 threads of an SM, where
@@ -13,13 +13,13 @@
 // instructions that an element takes; at HBM's speed an H200 has room for 150.
 #pragma once
 
-#include "cuda/adamw_rule.cuh"
+#include "cuda/optimizer_rules.cuh"
 #include "cuda/quad.cuh"
 
 namespace qlora::cuda {
 
 // 64 registers a thread.
-inline constexpr int adamw_thread_blocks_per_multiprocessor = 4;
+inline constexpr int optimizer_thread_blocks_per_multiprocessor = 4;
 
 inline constexpr int rule_threads = 64;
 
@@ -42,7 +42,7 @@ __device__ inline bool is_skipped(const float* found_inf) {
 /// Rules are made here once, in fp64, and not by each thread block of the kernels that follow: many
 /// GPUs do fp64 at 1/64 of fp32's rate. And the counts are written when nobody reads them any more.
 static __global__ void __launch_bounds__(rule_threads)
-    adamw_rules_kernel(const __grid_constant__ AdamWRuleArguments a) {
+    optimizer_rules_kernel(const __grid_constant__ OptimizerRuleArguments a) {
   if (is_skipped(a.found_inf)) return;
   const int tensor = static_cast<int>(blockIdx.x) * rule_threads + static_cast<int>(threadIdx.x);
   if (tensor >= a.tensor_count) return;
@@ -55,14 +55,14 @@ static __global__ void __launch_bounds__(rule_threads)
   a.rules[tensor] = AdamWRule(numbers, a.grad_scale != nullptr ? *a.grad_scale : 1.0f);
 }
 
-__device__ inline AdamWDeviceRule rule_of(const AdamWArguments& a, int tensor) {
+__device__ inline AdamWDeviceRule rule_of(const OptimizerArguments& a, int tensor) {
   if (a.rules != nullptr) return AdamWDeviceRule(a.rules[tensor]);
   return AdamWDeviceRule(a.rule);
 }
 
 /// `is_whole`: the chunk is not short, and its tensor is aligned.
 template <bool is_whole>
-__device__ void step_chunk(const AdamWDeviceRule& rule, const AdamWEntry& tensor,
+__device__ void step_chunk(const AdamWDeviceRule& rule, const OptimizerEntry& tensor,
                            std::int64_t begin, int thread) {
   void* const params = element_address(tensor.param_kind, tensor.param, begin);
   const void* const grads = element_address(tensor.grad_kind, tensor.grad, begin);
@@ -91,13 +91,14 @@ __device__ void step_chunk(const AdamWDeviceRule& rule, const AdamWEntry& tensor
   }
 }
 
-static __global__ void __launch_bounds__(adamw_threads, adamw_thread_blocks_per_multiprocessor)
-    adamw_kernel(const __grid_constant__ AdamWArguments a) {
+static __global__ void __launch_bounds__(optimizer_threads,
+                                         optimizer_thread_blocks_per_multiprocessor)
+    optimizer_kernel(const __grid_constant__ OptimizerArguments a) {
   if (is_skipped(a.found_inf)) return;
   const int thread = static_cast<int>(threadIdx.x);
   for (std::uint32_t chunk = blockIdx.x; chunk < a.chunks.chunk_count(); chunk += gridDim.x) {
     const int index = a.chunks.tensor_of(chunk);
-    const AdamWEntry& tensor = a.tensors[index];
+    const OptimizerEntry& tensor = a.tensors[index];
     const AdamWDeviceRule rule = rule_of(a, index);
     const std::int64_t begin = a.chunks.first_element(index, chunk);
     if (tensor.is_aligned && begin + elements_per_chunk <= tensor.count) {

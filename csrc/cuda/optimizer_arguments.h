@@ -6,14 +6,14 @@
 #include <cstdint>
 
 #include "core/adamw_rule.h"
-#include "cuda/adamw_chunks.h"
+#include "cuda/optimizer_chunks.h"
 
 namespace qlora::cuda {
 
 enum class FloatKind : std::uint8_t { float32, bfloat16, float16 };
 
 /// A parameter with its gradient and its state.
-struct AdamWEntry {
+struct OptimizerEntry {
   void* param;
   const void* grad;
   void* exp_avg;             // fp32, or uint8 codes
@@ -26,28 +26,28 @@ struct AdamWEntry {
 };
 
 /// Of the kernels that step parameters.
-struct AdamWArguments {
+struct OptimizerArguments {
   AdamWRule rule;          // for all tensors, where there are no rules
   const AdamWRule* rules;  // null, or one for each tensor
   const float* found_inf;  // null, or: not zero means that nothing is to be done
   ChunkTable chunks;
-  AdamWEntry tensors[tensors_per_launch];
+  OptimizerEntry tensors[tensors_per_launch];
 };
 
 /// Of the kernel that makes rules from the numbers that are in the device's memory.
-struct AdamWRuleArguments {
+struct OptimizerRuleArguments {
   AdamWRule* rules;
   OptimizerNumbers numbers;
   const float* lr;          // null: numbers.lr
   const float* grad_scale;  // null: 1
-  const float* found_inf;   // as in AdamWArguments
+  const float* found_inf;   // as in OptimizerArguments
   int tensor_count;
   float* step_counts[tensors_per_launch];  // null: numbers.step
 };
 
 // Since CUDA 12.1 (driver 530) and compute capability 7.0; 4 KB before.
 inline constexpr std::size_t max_parameter_bytes = 32764;
-static_assert(sizeof(AdamWArguments) <= max_parameter_bytes);
-static_assert(sizeof(AdamWRuleArguments) <= max_parameter_bytes);
+static_assert(sizeof(OptimizerArguments) <= max_parameter_bytes);
+static_assert(sizeof(OptimizerRuleArguments) <= max_parameter_bytes);
 
 }  // namespace qlora::cuda
