@@ -12,9 +12,6 @@
 namespace qlora::cuda {
 namespace {
 
-// What is beyond it goes round the kernel's loop.
-constexpr std::uint32_t max_thread_blocks = 65535;
-
 FloatKind kind_of(DType dtype) {
   switch (dtype) {
     case DType::float32: return FloatKind::float32;
@@ -33,16 +30,15 @@ bool is_quad_aligned(const TensorView& tensor) {
 
 OptimizerEntry entry_of(const OptimizerTensor& tensor) {
   const OptimizerState& state = tensor.state;
-  OptimizerEntry entry{.param = tensor.param.data,
-                       .grad = tensor.grad.data,
-                       .exp_avg = state.exp_avg.data,
-                       .exp_avg_sq = state.exp_avg_sq.data,
-                       .exp_avg_absmax = state.exp_avg_absmax.as<float>(),
-                       .exp_avg_sq_absmax = state.exp_avg_sq_absmax.as<float>(),
-                       .count = tensor.param.numel(),
-                       .param_kind = kind_of(tensor.param.dtype),
-                       .grad_kind = kind_of(tensor.grad.dtype),
-                       .is_aligned = true};
+  OptimizerEntry entry{
+      .param = tensor.param.data,
+      .grad = tensor.grad.data,
+      .moments = {state.exp_avg.data, state.exp_avg_sq.data},
+      .absmaxes = {state.exp_avg_absmax.as<float>(), state.exp_avg_sq_absmax.as<float>()},
+      .count = tensor.param.numel(),
+      .param_kind = kind_of(tensor.param.dtype),
+      .grad_kind = kind_of(tensor.grad.dtype),
+      .is_aligned = true};
   for (const TensorView* view : {&tensor.param, &tensor.grad, &state.exp_avg, &state.exp_avg_sq}) {
     entry.is_aligned &= is_quad_aligned(*view);
   }
@@ -53,13 +49,38 @@ const float* device_number(const TensorView& number) {
   return number.is_present ? number.as<const float>() : nullptr;
 }
 
-/// The two kernels' arguments for as many tensors as one launch takes.
-struct Batch {
-  OptimizerArguments step;
-  OptimizerRuleArguments rules;
+template <typename... Parameters>
+void load(void (*kernel)(Parameters...), const char* operation) {
+  load_kernel(reinterpret_cast<const void*>(kernel), operation);
+}
 
-  Batch(const OptimizerStep& s, AdamWRule* memory_of_rules)
-      : step{.rule = AdamWRule(s),
+/// What one kernel of a step is launched with, but for its arguments.
+template <typename Rule>
+struct StepKernel {
+  void (*kernel)(OptimizerArguments<Rule>);
+  std::uint32_t max_thread_blocks;  // what is beyond them goes round the kernel's loop
+  int shared_bytes;
+};
+
+template <typename Rule>
+StepKernel<Rule> step_kernel(bool is_8bit, const char* operation) {
+  if (!is_8bit) return {optimizer_kernel<Rule>, 65535, 0};
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), operation);
+  const int multiprocessors = device_traits(device, operation).multiprocessor_count;
+  const int resident = optimizer8bit_thread_blocks_per_multiprocessor * multiprocessors;
+  return {optimizer8bit_kernel<Rule>, static_cast<std::uint32_t>(resident),
+          moment_tables_bytes<Rule>};
+}
+
+/// The two kernels' arguments for as many tensors as one launch takes: 40 KB.
+template <typename Rule>
+struct Batch {
+  OptimizerArguments<Rule> step;
+  OptimizerRuleArguments<Rule> rules;
+
+  Batch(const OptimizerStep& s, Rule* memory_of_rules)
+      : step{.rule = Rule(s),
              .rules = memory_of_rules,
              .found_inf = device_number(s.found_inf),
              .chunks = {},
@@ -70,77 +91,100 @@ struct Batch {
               .grad_scale = device_number(s.grad_scale),
               .found_inf = step.found_inf,
               .tensor_count = 0,
-              .step_counts = {}} {}
+              .step_counts = {},
+              .counts_step = {}} {}
 
-  /// Returns false where the tensor does not fit any more.
-  bool append(const OptimizerTensor& tensor) {
-    const OptimizerEntry entry = entry_of(tensor);
-    const int index = step.chunks.tensor_count();
-    if (!step.chunks.append(entry.count)) return false;
-    step.tensors[index] = entry;
-    rules.step_counts[index] = const_cast<float*>(device_number(tensor.step_count));
+  /// Begins anew, and takes tensors as long as they fit. Returns how many.
+  std::size_t take(std::span<const OptimizerTensor> tensors) {
+    step.chunks = {};
+    for (const OptimizerTensor& tensor : tensors) {
+      const int index = step.chunks.tensor_count();
+      if (!step.chunks.append(tensor.param.numel())) break;
+      step.tensors[index] = entry_of(tensor);
+      rules.step_counts[index] = const_cast<float*>(device_number(tensor.step_count));
+      rules.counts_step[index] = tensor.counts_step;
+    }
     rules.tensor_count = step.chunks.tensor_count();
-    return true;
+    return static_cast<std::size_t>(rules.tensor_count);
   }
 };
 
-bool has_numbers_on_device(std::span<const OptimizerTensor> tensors, const OptimizerStep& step) {
-  return step.lr_tensor.is_present || step.grad_scale.is_present ||
-         std::any_of(tensors.begin(), tensors.end(),
-                     [](const OptimizerTensor& tensor) { return tensor.step_count.is_present; });
-}
+}  // namespace
 
-/// Makes batches of the tensors, and calls `launch_step` with the arguments of each.
-template <typename LaunchStep>
-void launch_batches(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
-                    const char* operation, cudaStream_t stream, LaunchStep&& launch_step) {
-  check_driver(12010, operation, "a launch carries 30 KB of parameters");
-  std::optional<StreamBuffer> memory;
-  if (has_numbers_on_device(tensors, step)) {
-    memory.emplace(sizeof(AdamWRule) * tensors_per_launch, stream, operation);
-  }
-  auto* const rules = memory ? reinterpret_cast<AdamWRule*>(memory->data()) : nullptr;
-  while (!tensors.empty()) {
-    const auto batch = std::make_unique<Batch>(step, rules);  // 40 KB
-    std::size_t taken = 0;
-    while (taken < tensors.size() && batch->append(tensors[taken])) ++taken;
-    check(taken > 0, operation, ": a parameter has ", tensors.front().param.numel(),
-          " elements, more than a launch takes");
-    tensors = tensors.subspan(taken);
-    if (rules != nullptr) {
-      launch(operation, optimizer_rules_kernel,
-             {static_cast<unsigned>(ceil_divide(batch->rules.tensor_count, rule_threads)),
-              rule_threads},
-             stream, batch->rules);
+class OptimizerLaunch::Batches {
+ public:
+  virtual ~Batches() = default;
+  virtual void launch_each(std::span<const OptimizerTensor> tensors) = 0;
+};
+
+namespace {
+
+template <typename Rule>
+class BatchesOf final : public OptimizerLaunch::Batches {
+ public:
+  BatchesOf(const char* operation, bool is_8bit, const OptimizerStep& step, bool has_step_counts,
+            cudaStream_t stream)
+      : operation_(operation), stream_(stream), kernel_(step_kernel<Rule>(is_8bit, operation)) {
+    load(kernel_.kernel, operation);
+    if (step.lr_tensor.is_present || step.grad_scale.is_present || has_step_counts) {
+      load(optimizer_rules_kernel<Rule>, operation);
+      memory_.emplace(sizeof(Rule) * tensors_per_launch, stream, operation);
     }
-    if (batch->step.chunks.chunk_count() > 0) launch_step(batch->step);
+    batch_ = std::make_unique<Batch<Rule>>(
+        step, memory_ ? reinterpret_cast<Rule*>(memory_->data()) : nullptr);
   }
-}
+
+  void launch_each(std::span<const OptimizerTensor> tensors) override {
+    for (const OptimizerTensor& tensor : tensors) {
+      check(memory_ || !tensor.step_count.is_present, operation_,
+            ": step_count is present, want none in a launch that was made without");
+    }
+    while (!tensors.empty()) {
+      const std::size_t taken = batch_->take(tensors);
+      check(taken > 0, operation_, ": a parameter has ", tensors.front().param.numel(),
+            " elements, more than a launch takes");
+      tensors = tensors.subspan(taken);
+      launch_batch();
+    }
+  }
+
+ private:
+  void launch_batch() const {
+    const OptimizerArguments<Rule>& step = batch_->step;
+    if (memory_) {
+      const auto thread_blocks = ceil_divide(batch_->rules.tensor_count, rule_threads);
+      launch(operation_, optimizer_rules_kernel<Rule>,
+             {static_cast<unsigned>(thread_blocks), rule_threads}, stream_, batch_->rules);
+    }
+    if (step.chunks.chunk_count() == 0) return;
+    launch(operation_, kernel_.kernel,
+           {std::min(step.chunks.chunk_count(), kernel_.max_thread_blocks), optimizer_threads,
+            kernel_.shared_bytes},
+           stream_, step);
+  }
+
+  const char* operation_;
+  cudaStream_t stream_;
+  StepKernel<Rule> kernel_;
+  std::optional<StreamBuffer> memory_;
+  std::unique_ptr<Batch<Rule>> batch_;
+};
 
 }  // namespace
 
-void launch_adamw_step(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
-                       cudaStream_t stream) {
-  const char* const operation = "adamw_step";
-  launch_batches(tensors, step, operation, stream, [&](const OptimizerArguments& arguments) {
-    launch(operation, optimizer_kernel,
-           {std::min(arguments.chunks.chunk_count(), max_thread_blocks), optimizer_threads}, stream,
-           arguments);
-  });
+OptimizerLaunch::OptimizerLaunch(OptimizerRule rule, bool is_8bit, const OptimizerStep& step,
+                                 bool has_step_counts, cudaStream_t stream) {
+  const char* const operation = optimizer_step_name(rule, is_8bit);
+  check_driver(12010, operation, "a launch carries 30 KB of parameters");
+  if (rule == OptimizerRule::lion) throw Unsupported(message(operation, ": not on CUDA yet"));
+  batches_ =
+      std::make_unique<BatchesOf<AdamWRule>>(operation, is_8bit, step, has_step_counts, stream);
 }
 
-void launch_adamw8bit_step(std::span<const OptimizerTensor> tensors, const OptimizerStep& step,
-                           cudaStream_t stream) {
-  const char* const operation = "adamw8bit_step";
-  const DeviceTraits& device = device_traits(tensors.front().param.device.index, operation);
-  const auto resident = static_cast<std::uint32_t>(optimizer8bit_thread_blocks_per_multiprocessor *
-                                                   device.multiprocessor_count);
-  launch_batches(tensors, step, operation, stream, [&](const OptimizerArguments& arguments) {
-    launch(operation, optimizer8bit_kernel,
-           {std::min(arguments.chunks.chunk_count(), resident), optimizer_threads,
-            optimizer8bit_shared_bytes},
-           stream, arguments);
-  });
+OptimizerLaunch::~OptimizerLaunch() = default;
+
+void OptimizerLaunch::operator()(std::span<const OptimizerTensor> tensors) {
+  batches_->launch_each(tensors);
 }
 
 }  // namespace qlora::cuda

@@ -189,19 +189,19 @@ EXPECTATIONS = (
         "Philox's multiplications need many warps to hide behind the memory's accesses",
     ),
     Expectation(
-        r"optimizer_rules_kernel",
+        r"optimizer_rules_kernel<.*>",
         1,
         (),
         "a thread a tensor: the step's numbers, in fp64",
     ),
     Expectation(
-        r"optimizer_kernel",
+        r"optimizer_kernel<.*>",
         2,
         (LOAD_16, STORE_16),
         "512 threads, each with several 16-byte accesses on their way, fill the bandwidth",
     ),
     Expectation(
-        r"optimizer8bit_kernel",
+        r"optimizer8bit_kernel<.*>",
         2,
         (),
         "two look-ups and two encodings an element: arithmetic counts as much as the memory",

@@ -84,12 +84,36 @@ inline OptimizerTensor as_8bit(const Views& v) {
   return with_8bit_state(v[0], v[1], v[2], v[4], v[3], v[5], v[6]);
 }
 
+inline std::vector<OptimizerTensor> optimizer_tensors(const std::vector<Views>& list,
+                                                      bool is_8bit) {
+  std::vector<OptimizerTensor> tensors(list.size());
+  std::transform(list.begin(), list.end(), tensors.begin(), is_8bit ? as_8bit : as_32bit);
+  return tensors;
+}
+
 /// Steps a list of parameters that these views are of, all with one kind of state.
 inline void step_list(const std::vector<Views>& list, bool is_8bit, const OptimizerStep& step,
                       void* stream = nullptr) {
-  std::vector<OptimizerTensor> tensors(list.size());
-  std::transform(list.begin(), list.end(), tensors.begin(), is_8bit ? as_8bit : as_32bit);
-  adamw_step(tensors, step, {.stream = stream});
+  adamw_step(optimizer_tensors(list, is_8bit), step, {.stream = stream});
+}
+
+/// Elements [begin, end) of a tensor; begin is a multiple of 256. The last piece counts the step.
+inline OptimizerTensor piece_of(OptimizerTensor tensor, std::int64_t begin, std::int64_t end) {
+  const auto cut = [](TensorView& view, std::int64_t first, std::int64_t last) {
+    if (!view.is_present) return;
+    view.data = view.as<std::uint8_t>() + first * element_bytes(view.dtype);
+    view.shape = {last - first};
+  };
+  OptimizerState& state = tensor.state;
+  tensor.counts_step = end == tensor.param.numel();
+  tensor.first_element += begin;
+  for (TensorView* view : {&tensor.param, &tensor.grad, &state.exp_avg, &state.exp_avg_sq}) {
+    cut(*view, begin, end);
+  }
+  for (TensorView* view : {&state.exp_avg_absmax, &state.exp_avg_sq_absmax}) {
+    cut(*view, begin / state_block_size, ceil_divide(end, state_block_size));
+  }
+  return tensor;
 }
 
 inline std::vector<Views> cpu_views(std::vector<Parameter>& list) {

@@ -1,5 +1,7 @@
 // AdamW on the emulated device gives the CPU's bits, whatever the list, and whether a step's numbers
 // are on the host or on the device. What both kinds of state share is tested with both.
+#include "cuda/optimizer.h"
+
 #include <limits>
 
 #include "cuda/emulation/emulator.h"
@@ -24,7 +26,7 @@ void expect_same_quotient(float v, float divisor) {
   rule.eps = 0.0f;
   float expected = 0.0f, actual = 0.0f, exp_avg = 1.0f;
   rule(expected, 0.0f, exp_avg, v);
-  cuda::AdamWDeviceRule{rule}(actual, 0.0f, exp_avg, v);
+  cuda::DeviceRule<AdamWRule>{rule}(actual, 0.0f, exp_avg, v);
   ASSERT_EQ(std::bit_cast<std::uint32_t>(actual), std::bit_cast<std::uint32_t>(expected))
       << "v = " << v << ", divisor = " << divisor;
 }
@@ -271,6 +273,62 @@ TEST_P(CudaOptimizer, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
   emulator::device().is_out_of_memory = true;
   EXPECT_THROW(step_list(on_device.views(), is_8bit, step), OutOfMemory);
   EXPECT_EQ(emulator::device().launch_count, 0);
+}
+
+TEST_P(CudaOptimizer, AStepOfSeveralCallsTakesItsMemoryBeforeTheFirst) {
+  // A device on which nothing has been loaded yet.
+  emulator::device().current = is_8bit ? 16 : 15;
+  std::vector<Parameter> list = make_list(true);
+  for (Parameter& p : list) draw_gradient(p, 1, generator);
+  DeviceList on_device(list);
+  const OptimizerStep step = step_number(1);
+  const std::vector<OptimizerTensor> tensors = optimizer_tensors(on_device.views(), is_8bit);
+  const std::span<const OptimizerTensor> all(tensors);
+
+  const auto make_launch = [&] {
+    return cuda::OptimizerLaunch(OptimizerRule::adamw, is_8bit, step, true, nullptr);
+  };
+  emulator::device().is_out_of_memory = true;
+  expect_error<OutOfMemory>(message(operation(), ": loading a kernel: cudaErrorMemoryAllocation: ",
+                                    "as the emulator was told"),
+                            make_launch);
+  emulator::device().is_out_of_memory = false;
+  auto launch = make_launch();
+  emulator::device().is_out_of_memory = true;
+  launch(all.first(4));
+  launch(all.subspan(4));
+  step_list(cpu_views(list), is_8bit, step);
+  EXPECT_TRUE(on_device.equals(list));
+}
+
+TEST_P(CudaOptimizer, ALaunchThatWasMadeWithoutStepCountsRefusesThem) {
+  std::vector<Parameter> list = make_list(true);
+  DeviceList on_device(list);
+  cuda::OptimizerLaunch launch(OptimizerRule::adamw, is_8bit, step_number(1), false, nullptr);
+  expect_invalid(
+      message(operation(), ": step_count is present, want none in a launch that was made without"),
+      [&] { launch(optimizer_tensors(on_device.views(), is_8bit)); });
+  EXPECT_EQ(emulator::device().launch_count, 0);
+}
+
+TEST_P(CudaOptimizer, PiecesOfATensorInSeveralCallsAreOneStepOfIt) {
+  // As a walk over pages has it: the last piece counts the step.
+  std::vector<Parameter> list = make_list(true);
+  DeviceList on_device(list);
+  for (std::int64_t t = 1; t <= 2; ++t) {
+    for (Parameter& p : list) draw_gradient(p, t, generator);
+    on_device.set_gradients(list);
+    step_list(cpu_views(list), is_8bit, step_number(1));
+    cuda::OptimizerLaunch launch(OptimizerRule::adamw, is_8bit, step_number(1), true, nullptr);
+    for (const OptimizerTensor& tensor : optimizer_tensors(on_device.views(), is_8bit)) {
+      const std::int64_t count = tensor.param.numel();
+      for (std::int64_t begin = 0; begin == 0 || begin < count; begin += 512) {
+        const OptimizerTensor piece = piece_of(tensor, begin, std::min(begin + 512, count));
+        launch({&piece, 1});
+      }
+    }
+    ASSERT_TRUE(on_device.equals(list)) << "step " << t;
+  }
 }
 
 TEST_P(CudaOptimizer, AFailedLaunchFreesItsMemory) {
