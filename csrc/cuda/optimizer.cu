@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "cuda/optimizer.cuh"
@@ -68,7 +69,7 @@ StepKernel<Rule> step_kernel(bool is_8bit, const char* operation) {
   int device = 0;
   check_cuda(cudaGetDevice(&device), operation);
   const int multiprocessors = device_traits(device, operation).multiprocessor_count;
-  const int resident = optimizer8bit_thread_blocks_per_multiprocessor * multiprocessors;
+  const int resident = optimizer8bit_thread_blocks_per_multiprocessor<Rule> * multiprocessors;
   return {optimizer8bit_kernel<Rule>, static_cast<std::uint32_t>(resident),
           moment_tables_bytes<Rule>};
 }
@@ -176,9 +177,13 @@ OptimizerLaunch::OptimizerLaunch(OptimizerRule rule, bool is_8bit, const Optimiz
                                  bool has_step_counts, cudaStream_t stream) {
   const char* const operation = optimizer_step_name(rule, is_8bit);
   check_driver(12010, operation, "a launch carries 30 KB of parameters");
-  if (rule == OptimizerRule::lion) throw Unsupported(message(operation, ": not on CUDA yet"));
-  batches_ =
-      std::make_unique<BatchesOf<AdamWRule>>(operation, is_8bit, step, has_step_counts, stream);
+  const auto make_batches = [&]<typename Rule>(std::type_identity<Rule>) {
+    batches_ = std::make_unique<BatchesOf<Rule>>(operation, is_8bit, step, has_step_counts, stream);
+  };
+  switch (rule) {
+    case OptimizerRule::adamw: make_batches(std::type_identity<AdamWRule>()); break;
+    case OptimizerRule::lion: make_batches(std::type_identity<LionRule>()); break;
+  }
 }
 
 OptimizerLaunch::~OptimizerLaunch() = default;

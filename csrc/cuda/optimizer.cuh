@@ -18,8 +18,9 @@
 
 namespace qlora::cuda {
 
-// 64 registers a thread.
-inline constexpr int optimizer_thread_blocks_per_multiprocessor = 4;
+// 64 registers a thread, and 48: Lion reads less, and so wants more threads.
+template <typename Rule>
+inline constexpr int optimizer_thread_blocks_per_multiprocessor = Rule::moment_count == 2 ? 4 : 5;
 
 inline constexpr int rule_threads = 64;
 
@@ -98,7 +99,7 @@ __device__ void step_chunk(const DeviceRule<Rule>& rule, const OptimizerEntry& t
 
 template <typename Rule>
 static __global__ void __launch_bounds__(optimizer_threads,
-                                         optimizer_thread_blocks_per_multiprocessor)
+                                         optimizer_thread_blocks_per_multiprocessor<Rule>)
     optimizer_kernel(const __grid_constant__ OptimizerArguments<Rule> a) {
   if (is_skipped(a.found_inf)) return;
   const int thread = static_cast<int>(threadIdx.x);

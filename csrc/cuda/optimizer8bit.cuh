@@ -22,8 +22,10 @@
 
 namespace qlora::cuda {
 
-// 80 registers a thread, and 57 KB of shared memory. With 4 the registers do not suffice.
-inline constexpr int optimizer8bit_thread_blocks_per_multiprocessor = 3;
+// AdamW: 80 registers a thread, and 57 KB of shared memory. With 4 the registers do not suffice.
+template <typename Rule>
+inline constexpr int optimizer8bit_thread_blocks_per_multiprocessor =
+    Rule::moment_count == 2 ? 3 : 4;
 
 struct alignas(64) MomentTables {
   SignedDynamicMapTable first = make_signed_dynamic_map_table();
@@ -206,7 +208,7 @@ __device__ void step_block(const DeviceRule<Rule>& rule, const OptimizerEntry& t
 
 template <typename Rule>
 static __global__ void __launch_bounds__(optimizer_threads,
-                                         optimizer8bit_thread_blocks_per_multiprocessor)
+                                         optimizer8bit_thread_blocks_per_multiprocessor<Rule>)
     optimizer8bit_kernel(const __grid_constant__ OptimizerArguments<Rule> a) {
   if (is_skipped(a.found_inf)) return;
   const int thread = static_cast<int>(threadIdx.x);

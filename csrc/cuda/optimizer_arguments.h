@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/adamw_rule.h"
+#include "core/lion_rule.h"
 #include "cuda/optimizer_chunks.h"
 
 namespace qlora::cuda {
@@ -52,6 +53,8 @@ struct OptimizerRuleArguments {
 // Since CUDA 12.1 (driver 530) and compute capability 7.0; 4 KB before.
 inline constexpr std::size_t max_parameter_bytes = 32764;
 static_assert(sizeof(OptimizerArguments<AdamWRule>) <= max_parameter_bytes);
+static_assert(sizeof(OptimizerArguments<LionRule>) <= max_parameter_bytes);
 static_assert(sizeof(OptimizerRuleArguments<AdamWRule>) <= max_parameter_bytes);
+static_assert(sizeof(OptimizerRuleArguments<LionRule>) <= max_parameter_bytes);
 
 }  // namespace qlora::cuda

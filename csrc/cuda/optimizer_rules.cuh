@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/adamw_rule.h"
+#include "core/lion_rule.h"
 #include "cuda/ptx.cuh"
 #include "cuda/quad.cuh"
 
@@ -46,6 +47,12 @@ class DeviceRule<AdamWRule> {
 
   AdamWRule rule_;
   float reciprocal_;
+};
+
+template <>
+class DeviceRule<LionRule> : public LionRule {
+ public:
+  __device__ explicit DeviceRule(const LionRule& rule) : LionRule(rule) {}
 };
 
 /// Steps the elements of quad `q`, of which moment j is moments[j][q].

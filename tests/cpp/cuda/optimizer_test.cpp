@@ -1,5 +1,6 @@
-// AdamW on the emulated device gives the CPU's bits, whatever the list, and whether a step's numbers
-// are on the host or on the device. What both kinds of state share is tested with both.
+// Optimisers' steps on the emulated device have the CPU's bits, whatever the list, and whether a
+// step's numbers are on the host or on the device. What all rules and kinds of state share is tested
+// with all.
 #include "cuda/optimizer.h"
 
 #include <limits>
@@ -47,52 +48,46 @@ TEST(CudaAdamWRule, DividesByTheBiasCorrectionToTheBit) {
   }
 }
 
-class CudaOptimizerDtypes : public testing::TestWithParam<std::tuple<DType, DType>> {
+class CudaOptimizerDtypes : public testing::TestWithParam<std::tuple<StepKind, DType, DType>> {
  protected:
+  const StepKind kind = std::get<0>(GetParam());
+  const ParameterKind dtypes{.param = std::get<1>(GetParam()), .grad = std::get<2>(GetParam())};
+  Generator generator{51};
+
   void SetUp() override { emulator::device() = {}; }
   void TearDown() override { EXPECT_EQ(emulator::device().live_allocations, 0); }
 
-  std::vector<Parameter> make_list(bool is_8bit) {
+  std::vector<Parameter> make_list() {
     std::vector<Parameter> list;
     for (const std::int64_t size : odd_sizes) {
-      list.push_back(make_parameter(
-          {.param = std::get<0>(GetParam()), .grad = std::get<1>(GetParam()), .is_8bit = is_8bit},
-          size, generator));
+      list.push_back(make_parameter(kind, dtypes, size, generator));
     }
     return list;
   }
-
-  Generator generator{51};
 };
 
 TEST_P(CudaOptimizerDtypes, StepsHaveTheCpuBits) {
-  expect_the_cpu_bits(make_list(false), false, 4, generator);
+  expect_the_cpu_bits(make_list(), kind, 4, generator);
 }
 
 TEST_P(CudaOptimizerDtypes, StepsOfTensorsThatAreNotAlignedHaveTheCpuBits) {
-  expect_the_cpu_bits(make_list(false), false, 1, generator, 1);
-  expect_the_cpu_bits(make_list(false), false, 1, generator, 2);
+  expect_the_cpu_bits(make_list(), kind, 1, generator, 1);
+  expect_the_cpu_bits(make_list(), kind, 1, generator, 2);
 }
 
-TEST_P(CudaOptimizerDtypes, StepsWith8BitStateHaveTheCpuBits) {
-  expect_the_cpu_bits(make_list(true), true, 4, generator);
+std::string dtypes_test_name(
+    const testing::TestParamInfo<std::tuple<StepKind, DType, DType>>& test) {
+  const auto& [kind, param, grad] = test.param;
+  return kind.name() + name_of(param) + "Grad" + name_of(grad);
 }
+INSTANTIATE_TEST_SUITE_P(All, CudaOptimizerDtypes,
+                         testing::Combine(every_step_kind, float_dtypes, float_dtypes),
+                         dtypes_test_name);
 
-TEST_P(CudaOptimizerDtypes, StepsWith8BitStateOfTensorsThatAreNotAlignedHaveTheCpuBits) {
-  expect_the_cpu_bits(make_list(true), true, 1, generator, 1);
-  expect_the_cpu_bits(make_list(true), true, 1, generator, 2);
-}
-
-INSTANTIATE_TEST_SUITE_P(Dtypes, CudaOptimizerDtypes, testing::Combine(float_dtypes, float_dtypes),
-                         [](const auto& instance) {
-                           return std::string(name_of(std::get<0>(instance.param))) + "Grad" +
-                                  name_of(std::get<1>(instance.param));
-                         });
-
-/// A list of all dtypes, with either kind of state.
-class CudaOptimizer : public testing::TestWithParam<bool> {
+/// A list of all dtypes, with any rule and kind of state.
+class CudaOptimizer : public testing::TestWithParam<StepKind> {
  protected:
-  const bool is_8bit = GetParam();
+  const StepKind kind = GetParam();
   Generator generator{52};
 
   void SetUp() override { emulator::device() = {}; }
@@ -102,21 +97,17 @@ class CudaOptimizer : public testing::TestWithParam<bool> {
     std::vector<Parameter> list;
     for (const DType param : {DType::float32, DType::bfloat16, DType::float16}) {
       for (const std::int64_t size : {700, 0, 4097}) {
-        list.push_back(make_parameter({.param = param,
-                                       .grad = DType::bfloat16,
-                                       .is_8bit = is_8bit,
-                                       .has_step_count = has_step_count},
-                                      size, generator));
+        list.push_back(make_parameter(
+            kind, {.param = param, .grad = DType::bfloat16, .has_step_count = has_step_count}, size,
+            generator));
       }
     }
     return list;
   }
-
-  const char* operation() const { return is_8bit ? "adamw8bit_step" : "adamw_step"; }
 };
 
 TEST_P(CudaOptimizer, AListOfAllDtypesIsOneLaunch) {
-  expect_the_cpu_bits(make_list(), is_8bit, 1, generator);
+  expect_the_cpu_bits(make_list(), kind, 1, generator);
   EXPECT_EQ(emulator::device().launch_count, 1);
 }
 
@@ -124,25 +115,24 @@ TEST_P(CudaOptimizer, TheOrderOfTheThreadsDoesNotMatterNorTheSizeOfTheGrid) {
   emulator::device().max_thread_blocks = 1;
   for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
     emulator::device().order = order;
-    expect_the_cpu_bits(make_list(), is_8bit, 2, generator);
-    expect_the_cpu_bits(make_list(true), is_8bit, 1, generator);
+    expect_the_cpu_bits(make_list(), kind, 2, generator);
+    expect_the_cpu_bits(make_list(true), kind, 1, generator);
   }
 }
 
 TEST_P(CudaOptimizer, AListOfMoreTensorsThanALaunchTakesIsSeveral) {
   std::vector<Parameter> list;
   for (int i = 0; i < 500; ++i) {
-    list.push_back(
-        make_parameter({.param = DType::bfloat16, .is_8bit = is_8bit}, i % 7 * 3, generator));
+    list.push_back(make_parameter(kind, {.param = DType::bfloat16}, i % 7 * 3, generator));
   }
-  expect_the_cpu_bits(list, is_8bit, 1, generator);
+  expect_the_cpu_bits(list, kind, 1, generator);
   EXPECT_EQ(emulator::device().launch_count, 2);
 }
 
 TEST_P(CudaOptimizer, NothingIsLaunchedForEmptyTensors) {
   std::vector<Parameter> list;
-  for (int i = 0; i < 3; ++i) list.push_back(make_parameter({.is_8bit = is_8bit}, 0, generator));
-  expect_the_cpu_bits(list, is_8bit, 1, generator);
+  for (int i = 0; i < 3; ++i) list.push_back(make_parameter(kind, {}, 0, generator));
+  expect_the_cpu_bits(list, kind, 1, generator);
   EXPECT_EQ(emulator::device().launch_count, 0);
 }
 
@@ -165,7 +155,7 @@ TEST_P(CudaOptimizer, NumbersOnTheDeviceAreThoseOfTheHost) {
     OptimizerStep step = step_number(t);
     lr.set(0, step.lr);
     step.lr = lr[0];  // as fp32
-    step_list(cpu_views(list), is_8bit, step);
+    step_list(cpu_views(list), kind, step);
 
     scale.set(0, 0x1p7);
     OptimizerStep read = step;
@@ -174,11 +164,11 @@ TEST_P(CudaOptimizer, NumbersOnTheDeviceAreThoseOfTheHost) {
     read.lr_tensor = on_cuda(lr.view());
     read.grad_scale = on_cuda(scale.view());
     read.found_inf = on_cuda(found.view());
-    step_list(on_device.views(), is_8bit, read);
+    step_list(on_device.views(), kind, read);
     read.lr_tensor = lr.view();
     read.grad_scale = scale.view();
     read.found_inf = found.view();
-    step_list(cpu_views(counted), is_8bit, read);
+    step_list(cpu_views(counted), kind, read);
 
     ASSERT_TRUE(on_device.equals(counted)) << "step " << t;
     for (std::size_t i = 0; i < list.size(); ++i) {
@@ -200,9 +190,9 @@ TEST_P(CudaOptimizer, AGradientScaleOfAnySizeHasTheCpuBits) {
   HostTensor scale(DType::float32, {1}, {3.0});
   OptimizerStep step = step_number(2);
   step.grad_scale = scale.view();
-  step_list(cpu_views(list), is_8bit, step);
+  step_list(cpu_views(list), kind, step);
   step.grad_scale = on_cuda(scale.view());
-  step_list(on_device.views(), is_8bit, step);
+  step_list(on_device.views(), kind, step);
   EXPECT_TRUE(on_device.equals(list));
 }
 
@@ -215,21 +205,21 @@ TEST_P(CudaOptimizer, AStepThatFoundInfDoesNothing) {
       HostTensor found_inf(DType::float32, {1}, {found});
       OptimizerStep step = step_number(1);
       step.found_inf = on_cuda(found_inf.view());
-      step_list(on_device.views(), is_8bit, step);
+      step_list(on_device.views(), kind, step);
       EXPECT_TRUE(on_device.equals(list));
     }
   }
 }
 
 TEST_P(CudaOptimizer, ANaNGradientIsSeenWhereTheCpuShowsIt) {
-  std::vector<Parameter> list = {make_parameter({.is_8bit = is_8bit}, 700, generator)};
+  std::vector<Parameter> list = {make_parameter(kind, {}, 700, generator)};
   DeviceList on_device(list);
   for (std::int64_t t = 1; t <= 2; ++t) {
     draw_gradient(list[0], t, generator);
     if (t == 1) list[0].grad.set(300, std::nan(""));
     on_device.set_gradients(list);
-    step_list(on_device.views(), is_8bit, step_number(t));
-    step_list(cpu_views(list), is_8bit, step_number(t));
+    step_list(on_device.views(), kind, step_number(t));
+    step_list(cpu_views(list), kind, step_number(t));
   }
   const auto* const param = on_device.views()[0][0].as<const float>();
   for (std::int64_t i = 0; i < 700; ++i) {
@@ -240,15 +230,35 @@ TEST_P(CudaOptimizer, ANaNGradientIsSeenWhereTheCpuShowsIt) {
   }
 }
 
+TEST(CudaLion, AStepOfNothingIsNone) {
+  emulator::device() = {};
+  Generator generator{55};
+  // A moment and a gradient of zero, of either sign, and the two that cancel.
+  std::vector<Parameter> list = {make_parameter({OptimizerRule::lion}, {}, 3, generator)};
+  Parameter& p = list[0];
+  p.param = HostTensor(DType::float32, {3}, {1.0, -0.0, 2.0});
+  p.exp_avg = HostTensor(DType::float32, {3}, {0.0, -0.0, -1.0});
+  p.grad = HostTensor(DType::float32, {3}, {-0.0, 0.0, 1.0});
+  OptimizerStep step;
+  step.beta1 = 0.5;
+  step.weight_decay = 0.0;
+  const std::vector<std::uint8_t> before = p.param.bytes();
+  DeviceList on_device(list);
+  step_list(on_device.views(), {OptimizerRule::lion}, step);
+  step_list(cpu_views(list), {OptimizerRule::lion}, step);
+  EXPECT_TRUE(on_device.equals(list));
+  EXPECT_EQ(p.param.bytes(), before);
+}
+
 TEST_P(CudaOptimizer, AnOldDriverIsUnsupported) {
-  std::vector<Parameter> list = {make_parameter({.is_8bit = is_8bit}, 700, generator)};
+  std::vector<Parameter> list = {make_parameter(kind, {}, 700, generator)};
   DeviceList on_device(list);
   emulator::device().driver_version = 12000;
   expect_error<Unsupported>(
-      message(is_8bit ? "adamw8bit_step" : "adamw_step",
+      message(kind.operation(),
               ": the NVIDIA driver is for CUDA 12.0, want 12.1 or newer: a launch carries 30 KB of "
               "parameters"),
-      [&] { step_list(on_device.views(), is_8bit, step_number(1)); });
+      [&] { step_list(on_device.views(), kind, step_number(1)); });
 }
 
 TEST_P(CudaOptimizer, StepsCanBeCapturedAndRunOnTheCallersStream) {
@@ -256,7 +266,7 @@ TEST_P(CudaOptimizer, StepsCanBeCapturedAndRunOnTheCallersStream) {
   DeviceList on_device(list);
   emulator::device().is_capturing = true;
   int memory = 0;
-  step_list(on_device.views(), is_8bit, step_number(1), &memory);
+  step_list(on_device.views(), kind, step_number(1), &memory);
   EXPECT_EQ(static_cast<void*>(emulator::device().stream), &memory);
   EXPECT_EQ(emulator::device().synchronize_count, 0);
 }
@@ -264,50 +274,51 @@ TEST_P(CudaOptimizer, StepsCanBeCapturedAndRunOnTheCallersStream) {
 TEST_P(CudaOptimizer, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
   std::vector<Parameter> list;
   for (int i = 0; i < 500; ++i) {
-    list.push_back(make_parameter({.is_8bit = is_8bit}, 3, generator));
+    list.push_back(make_parameter(kind, {}, 3, generator));
   }
   DeviceList on_device(list);
   HostTensor lr(DType::float32, {1});
   OptimizerStep step = step_number(1);
   step.lr_tensor = on_cuda(lr.view());
   emulator::device().is_out_of_memory = true;
-  EXPECT_THROW(step_list(on_device.views(), is_8bit, step), OutOfMemory);
+  EXPECT_THROW(step_list(on_device.views(), kind, step), OutOfMemory);
   EXPECT_EQ(emulator::device().launch_count, 0);
 }
 
 TEST_P(CudaOptimizer, AStepOfSeveralCallsTakesItsMemoryBeforeTheFirst) {
   // A device on which nothing has been loaded yet.
-  emulator::device().current = is_8bit ? 16 : 15;
+  emulator::device().current = 18 + 2 * (kind.rule == OptimizerRule::lion) + kind.is_8bit;
   std::vector<Parameter> list = make_list(true);
   for (Parameter& p : list) draw_gradient(p, 1, generator);
   DeviceList on_device(list);
   const OptimizerStep step = step_number(1);
-  const std::vector<OptimizerTensor> tensors = optimizer_tensors(on_device.views(), is_8bit);
+  const std::vector<OptimizerTensor> tensors = optimizer_tensors(on_device.views(), kind);
   const std::span<const OptimizerTensor> all(tensors);
 
   const auto make_launch = [&] {
-    return cuda::OptimizerLaunch(OptimizerRule::adamw, is_8bit, step, true, nullptr);
+    return cuda::OptimizerLaunch(kind.rule, kind.is_8bit, step, true, nullptr);
   };
   emulator::device().is_out_of_memory = true;
-  expect_error<OutOfMemory>(message(operation(), ": loading a kernel: cudaErrorMemoryAllocation: ",
-                                    "as the emulator was told"),
-                            make_launch);
+  expect_error<OutOfMemory>(
+      message(kind.operation(),
+              ": loading a kernel: cudaErrorMemoryAllocation: ", "as the emulator was told"),
+      make_launch);
   emulator::device().is_out_of_memory = false;
   auto launch = make_launch();
   emulator::device().is_out_of_memory = true;
   launch(all.first(4));
   launch(all.subspan(4));
-  step_list(cpu_views(list), is_8bit, step);
+  step_list(cpu_views(list), kind, step);
   EXPECT_TRUE(on_device.equals(list));
 }
 
 TEST_P(CudaOptimizer, ALaunchThatWasMadeWithoutStepCountsRefusesThem) {
   std::vector<Parameter> list = make_list(true);
   DeviceList on_device(list);
-  cuda::OptimizerLaunch launch(OptimizerRule::adamw, is_8bit, step_number(1), false, nullptr);
-  expect_invalid(
-      message(operation(), ": step_count is present, want none in a launch that was made without"),
-      [&] { launch(optimizer_tensors(on_device.views(), is_8bit)); });
+  cuda::OptimizerLaunch launch(kind.rule, kind.is_8bit, step_number(1), false, nullptr);
+  expect_invalid(message(kind.operation(),
+                         ": step_count is present, want none in a launch that was made without"),
+                 [&] { launch(optimizer_tensors(on_device.views(), kind)); });
   EXPECT_EQ(emulator::device().launch_count, 0);
 }
 
@@ -318,9 +329,9 @@ TEST_P(CudaOptimizer, PiecesOfATensorInSeveralCallsAreOneStepOfIt) {
   for (std::int64_t t = 1; t <= 2; ++t) {
     for (Parameter& p : list) draw_gradient(p, t, generator);
     on_device.set_gradients(list);
-    step_list(cpu_views(list), is_8bit, step_number(1));
-    cuda::OptimizerLaunch launch(OptimizerRule::adamw, is_8bit, step_number(1), true, nullptr);
-    for (const OptimizerTensor& tensor : optimizer_tensors(on_device.views(), is_8bit)) {
+    step_list(cpu_views(list), kind, step_number(1));
+    cuda::OptimizerLaunch launch(kind.rule, kind.is_8bit, step_number(1), true, nullptr);
+    for (const OptimizerTensor& tensor : optimizer_tensors(on_device.views(), kind)) {
       const std::int64_t count = tensor.param.numel();
       for (std::int64_t begin = 0; begin == 0 || begin < count; begin += 512) {
         const OptimizerTensor piece = piece_of(tensor, begin, std::min(begin + 512, count));
@@ -336,8 +347,8 @@ TEST_P(CudaOptimizer, AFailedLaunchFreesItsMemory) {
   DeviceList on_device(list);
   emulator::device().launch_error = cudaErrorIllegalAddress;
   expect_error<CudaError>(
-      message(operation(), ": cudaErrorIllegalAddress: as the emulator was told"),
-      [&] { step_list(on_device.views(), is_8bit, step_number(1)); });
+      message(kind.operation(), ": cudaErrorIllegalAddress: as the emulator was told"),
+      [&] { step_list(on_device.views(), kind, step_number(1)); });
 }
 
 TEST_P(CudaOptimizer, AnAddressThatIsNoElementsIsRefusedByName) {
@@ -345,15 +356,14 @@ TEST_P(CudaOptimizer, AnAddressThatIsNoElementsIsRefusedByName) {
   DeviceList on_device(list);
   std::vector<Views> views = on_device.views();
   views[2][6].data = views[2][6].as<std::uint8_t>() + 2;
-  expect_invalid(message(operation(),
+  expect_invalid(message(kind.operation(),
                          ": step_count is float32, but its memory begins 2 bytes past a multiple "
                          "of 4; pass step_count.clone()"),
-                 [&] { step_list(views, is_8bit, step_number(1)); });
+                 [&] { step_list(views, kind, step_number(1)); });
 }
 
-INSTANTIATE_TEST_SUITE_P(State, CudaOptimizer, testing::Bool(), [](const auto& instance) {
-  return instance.param ? "In8Bits" : "In32Bits";
-});
+INSTANTIATE_TEST_SUITE_P(All, CudaOptimizer, every_step_kind,
+                         [](const auto& test) { return test.param.name(); });
 
 }  // namespace
 }  // namespace qlora

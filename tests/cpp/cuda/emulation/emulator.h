@@ -64,6 +64,7 @@ struct Device {
   int synchronize_count = 0;
   int live_allocations = 0;
   cudaStream_t stream = nullptr;  // of the last launch
+  unsigned thread_blocks = 0;     // that the last launch asked for
   std::string failure;            // what a kernel did wrong, of the last launch that failed
 };
 
