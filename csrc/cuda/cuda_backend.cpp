@@ -1,11 +1,13 @@
 // The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
 // demand of their arguments.
+#include <algorithm>
+
 #include "core/backend.h"
-#include "cuda/adamw.h"
 #include "cuda/dropout.h"
 #include "cuda/lora.h"
 #include "cuda/nf4_codec.h"
 #include "cuda/nf4_matmul_dispatch.h"
+#include "cuda/optimizer.h"
 #include "cuda/paged_buffer.h"
 #include "cuda/runtime.h"
 
@@ -107,14 +109,12 @@ class CudaBackend final : public Backend {
 
   void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
                       const OptimizerStep& step, const ExecutionContext& context) const override {
-    const char* const operation = optimizer_step_name(rule, tensors.front().state.is_8bit());
-    const DeviceGuard guard(tensors.front().param.device, operation);
-    if (rule == OptimizerRule::lion) refuse(operation);
-    if (tensors.front().state.is_8bit()) {
-      cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
-    } else {
-      cuda::launch_adamw_step(tensors, step, stream_of(context));
-    }
+    const bool is_8bit = tensors.front().state.is_8bit();
+    const DeviceGuard guard(tensors.front().param.device, optimizer_step_name(rule, is_8bit));
+    const bool has_step_counts =
+        std::any_of(tensors.begin(), tensors.end(),
+                    [](const OptimizerTensor& tensor) { return tensor.step_count.is_present; });
+    cuda::OptimizerLaunch(rule, is_8bit, step, has_step_counts, stream_of(context))(tensors);
   }
 
   std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,

@@ -6,7 +6,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "cuda/adamw_arguments.h"
+#include "cuda/optimizer_arguments.h"
 #include "cuda/ptx.cuh"
 
 namespace qlora::cuda {

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include <cuda.h>
@@ -177,6 +178,20 @@ void allow_shared_bytes(const void* kernel, int bytes, const char* operation, cu
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) throw_launch_error(error, operation, stream);
   known = bytes;
+}
+
+void load_kernel(const void* kernel, const char* operation) {
+  static std::mutex mutex;
+  static auto& loaded = *new std::set<std::pair<int, const void*>>;  // as `allowed` above
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), operation);
+  const std::lock_guard lock(mutex);
+  if (loaded.contains({device, kernel})) return;
+  const RelaxedCapture relaxed;
+  cudaFuncAttributes attributes{};  // to ask for them loads the kernel
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel),
+             message(operation, ": loading a kernel").c_str());
+  loaded.emplace(device, kernel);
 }
 
 void check_stream(cudaStream_t stream, const char* operation) {

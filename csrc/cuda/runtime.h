@@ -31,6 +31,11 @@ inline void check_cuda(cudaError_t error, const char* what) {
 /// device. A look-up, but for the first time; allowed while a CUDA graph is recorded.
 void allow_shared_bytes(const void* kernel, int bytes, const char* operation, cudaStream_t stream);
 
+/// Has the code of `kernel` on the current device, which its first launch would otherwise see to:
+/// for want of memory a launch after this one does not fail. A look-up, but for the first time;
+/// allowed while a CUDA graph is recorded.
+void load_kernel(const void* kernel, const char* operation);
+
 /// Throws InvalidArgument if `stream` belongs to another device than the current one. For work that
 /// CUDA queues on any stream without a word, such as copies: a launch needs no check.
 void check_stream(cudaStream_t stream, const char* operation);

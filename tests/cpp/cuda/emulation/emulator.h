@@ -64,6 +64,7 @@ struct Device {
   int synchronize_count = 0;
   int live_allocations = 0;
   cudaStream_t stream = nullptr;  // of the last launch
+  unsigned thread_blocks = 0;     // that the last launch asked for
   std::string failure;            // what a kernel did wrong, of the last launch that failed
 };
 
@@ -75,6 +76,10 @@ void note_unsafe_call();
 
 /// What a kernel has asked for on the current device, in any test so far.
 std::size_t allowed_shared_bytes(const void* kernel);
+
+/// Loads a kernel's code on the current device, as its first launch there does, for which there must
+/// be memory. What has been loaded in any test so far stays.
+cudaError_t load(const void* kernel);
 
 /// What the pools of a device keep when nobody uses them, of those made in any test so far.
 std::uint64_t kept_bytes_of_pools(int index);

@@ -23,8 +23,10 @@ cudaError_t run(const Launch& launch, Index& thread_index, Index& block_index, I
     return cudaErrorInvalidValue;
   }
   if (device().launch_error != cudaSuccess) return device().launch_error;
+  if (const cudaError_t error = load(launch.kernel); error != cudaSuccess) return error;
   ++device().launch_count;
   device().stream = launch.stream;
+  device().thread_blocks = launch.thread_blocks;
   grid_size.x = std::min(launch.thread_blocks, device().max_thread_blocks);
   std::mt19937 random(device().seed);
   Sequence thread_blocks(grid_size.x, random);

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <set>
 #include <string_view>
 #include <utility>
 
@@ -25,8 +26,9 @@ struct CUmemPoolHandle_st {
 
 namespace {
 
-// What outlives a test: the backend makes a pool, and asks for shared memory, once.
+// What outlives a test: the backend makes a pool, asks for shared memory, and loads a kernel, once.
 std::deque<CUmemPoolHandle_st> pools;
+std::set<std::pair<int, const void*>> loaded_kernels;
 std::map<std::pair<int, const void*>, std::size_t> shared_bytes_of;
 
 cudaError_t allocate(void** memory, std::size_t bytes) {
@@ -54,6 +56,14 @@ void emulator::note_unsafe_call() {
 
 std::size_t emulator::allowed_shared_bytes(const void* kernel) {
   return shared_bytes_of[{device().current, kernel}];
+}
+
+cudaError_t emulator::load(const void* kernel) {
+  const std::pair here{device().current, kernel};
+  if (loaded_kernels.contains(here)) return cudaSuccess;
+  if (device().is_out_of_memory) return cudaErrorMemoryAllocation;
+  loaded_kernels.insert(here);
+  return cudaSuccess;
 }
 
 std::uint64_t emulator::kept_bytes_of_pools(int index) {
@@ -122,6 +132,12 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   if (value > device().max_shared_bytes) return cudaErrorInvalidValue;
   shared_bytes_of[{device().current, kernel}] = static_cast<std::size_t>(value);
   return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  emulator::note_unsafe_call();
+  *attributes = {};
+  return emulator::load(kernel);
 }
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {

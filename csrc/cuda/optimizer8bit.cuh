@@ -1,10 +1,10 @@
-// The kernel of AdamW with 8-bit block-wise state. adamw.cu launches it; host tests run its body.
+// The kernel of AdamW with 8-bit block-wise state. optimizer.cu launches it; host tests run its body.
 //
-//   blocks of 256 elements are decoded, stepped as in adamw.cuh, and encoded again; the bits are
-//   those of cpu/scalar/adamw.cpp
+//   blocks of 256 elements are decoded, stepped as in optimizer.cuh, and encoded again; the bits are
+//   those of cpu/scalar/optimizer.cpp
 //
 //   param, grad: fp32, bf16 or fp16, each its own; exp_avg, exp_avg_sq: uint8 codes; absmax: fp32
-//   a thread block takes chunks in turn (adamw_chunks.h), a warp owns a block, a lane two quads of it
+//   a thread block takes chunks in turn (optimizer_chunks.h), a warp owns a block, a lane two quads of it
 //   16 bytes an element in fp32, 10 with a 16-bit parameter and gradient
 //   shared: 19 KB of tables, copied once by each thread block: the grid is what the GPU holds at once
 //
@@ -16,23 +16,28 @@
 #include <cstddef>
 #include <limits>
 
-#include "cuda/adamw.cuh"
+#include "cuda/optimizer.cuh"
 #include "cuda/shared_memory.cuh"
 #include "format/dynamic_map_table.h"
 
 namespace qlora::cuda {
 
-// 80 registers a thread, and 57 KB of shared memory. With 4 the registers do not suffice.
-inline constexpr int adamw8bit_thread_blocks_per_multiprocessor = 3;
+// AdamW: 80 registers a thread, and 57 KB of shared memory. With 4 the registers do not suffice.
+template <typename Rule>
+inline constexpr int optimizer8bit_thread_blocks_per_multiprocessor =
+    Rule::moment_count == 2 ? 3 : 4;
 
-struct alignas(64) AdamW8bitTables {
-  SignedDynamicMapTable exp_avg = make_signed_dynamic_map_table();
-  UnsignedDynamicMapTable exp_avg_sq = make_unsigned_dynamic_map_table();
+struct alignas(64) MomentTables {
+  SignedDynamicMapTable first = make_signed_dynamic_map_table();
+  UnsignedDynamicMapTable second = make_unsigned_dynamic_map_table();
 };
-static __device__ const AdamW8bitTables device_adamw8bit_tables = {};
+static __device__ const MomentTables device_moment_tables = {};
 
-inline constexpr int adamw8bit_shared_bytes = static_cast<int>(sizeof(AdamW8bitTables));
-static_assert(adamw8bit_shared_bytes % 16 == 0);
+/// What a rule needs of them.
+template <typename Rule>
+inline constexpr int moment_tables_bytes = static_cast<int>(
+    Rule::moment_count == 2 ? sizeof(MomentTables) : offsetof(MomentTables, second));
+static_assert(offsetof(MomentTables, second) % 16 == 0 && sizeof(MomentTables) % 16 == 0);
 
 /// A table in shared memory.
 template <typename Table>
@@ -62,24 +67,40 @@ class MomentTable {
   Shared<std::uint32_t> entries_;
 };
 
-using FirstMomentTable = MomentTable<SignedDynamicMapTable>;
-using SecondMomentTable = MomentTable<UnsignedDynamicMapTable>;
+/// MomentTables in shared memory. A rule of one moment has the first table alone there.
+class SharedMomentTables {
+ public:
+  __device__ explicit SharedMomentTables(Shared<unsigned char> tables)
+      : first_(tables + static_cast<int>(offsetof(MomentTables, first))),
+        second_(tables + static_cast<int>(offsetof(MomentTables, second))) {}
 
-/// The code of a first moment in units of its block's absmax.
-__device__ inline std::uint32_t encode_first_moment(const FirstMomentTable& table, float x) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
-  const std::uint32_t code = table.encode(bits << 1 | bits >> 31);
-  if (bits >> 31 == 0) return code;
-  constexpr std::uint32_t mirror = 2 * dynamic_map_signed_zero_code;
-  return code < mirror ? mirror - code : 0;
-}
+  /// Moment `j` in units of its block's absmax.
+  __device__ float decode(int j, std::uint32_t code) const {
+    return j == 0 ? first_.decode(code) : second_.decode(code);
+  }
 
-/// The code of a second moment, from it and from it in units of its block's absmax.
-__device__ inline std::uint32_t encode_second_moment(const SecondMomentTable& table, float moment,
-                                                     float x) {
-  return moment == 0.0f ? std::uint32_t{dynamic_map_unsigned_zero_code}
-                        : table.encode(std::bit_cast<std::uint32_t>(x) << 1);
-}
+  /// The code of moment `j`, from it and from it in units of its block's absmax.
+  __device__ std::uint32_t encode(int j, float moment, float unit) const {
+    return j == 0 ? encode_first(unit) : encode_second(moment, unit);
+  }
+
+ private:
+  __device__ std::uint32_t encode_first(float unit) const {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(unit);
+    const std::uint32_t code = first_.encode(bits << 1 | bits >> 31);
+    if (bits >> 31 == 0) return code;
+    constexpr std::uint32_t mirror = 2 * dynamic_map_signed_zero_code;
+    return code < mirror ? mirror - code : 0;
+  }
+
+  __device__ std::uint32_t encode_second(float moment, float unit) const {
+    return moment == 0.0f ? std::uint32_t{dynamic_map_unsigned_zero_code}
+                          : second_.encode(std::bit_cast<std::uint32_t>(unit) << 1);
+  }
+
+  MomentTable<SignedDynamicMapTable> first_;
+  MomentTable<UnsignedDynamicMapTable> second_;
+};
 
 /// The moment in units of `absmax`, by BlockNormalizer's rule; zeros stay zeros where that is zero.
 __device__ inline void normalize(float absmax, const Quad (&moment)[quads_per_lane],
@@ -120,100 +141,103 @@ __device__ inline float absolute_maximum(const Quad (&moment)[quads_per_lane],
 }
 
 /// One block of a tensor, by a warp. `is_whole`: it is not short, and its tensor is aligned.
-template <bool is_whole>
-__device__ void step_block(const AdamWDeviceRule& rule, const AdamWEntry& tensor,
-                           std::int64_t block, int lane, const FirstMomentTable& first_table,
-                           const SecondMomentTable& second_table) {
+template <bool is_whole, typename Rule>
+__device__ void step_block(const DeviceRule<Rule>& rule, const OptimizerEntry& tensor,
+                           std::int64_t block, int lane, const SharedMomentTables& tables) {
+  constexpr int moment_count = Rule::moment_count;
   constexpr int block_size = static_cast<int>(state_block_size);
   const std::int64_t begin = block * block_size;
   void* const params = element_address(tensor.param_kind, tensor.param, begin);
   const void* const grads = element_address(tensor.grad_kind, tensor.grad, begin);
-  auto* const exp_avgs = static_cast<std::uint8_t*>(tensor.exp_avg) + begin;
-  auto* const exp_avg_sqs = static_cast<std::uint8_t*>(tensor.exp_avg_sq) + begin;
+  std::uint8_t* moments[moment_count];
+#pragma unroll
+  for (int j = 0; j < moment_count; ++j) {
+    moments[j] = static_cast<std::uint8_t*>(tensor.moments[j]) + begin;
+  }
   const int count = is_whole ? block_size : elements_left(tensor.count, begin, block_size);
   QuadPlace at[quads_per_lane];
   RawQuad param[quads_per_lane], grad[quads_per_lane];
-  std::uint32_t codes[quads_per_lane], codes_sq[quads_per_lane];
+  std::uint32_t codes[moment_count][quads_per_lane];
 #pragma unroll
   for (int q = 0; q < quads_per_lane; ++q) {
     at[q] = place_of(quad_of_lane(q, lane), count, is_whole, tensor.is_aligned);
     param[q] = load_quad(tensor.param_kind, params, at[q]);
     grad[q] = load_quad(tensor.grad_kind, grads, at[q]);
-    codes[q] = load_codes(exp_avgs, at[q]);
-    codes_sq[q] = load_codes(exp_avg_sqs, at[q]);
+#pragma unroll
+    for (int j = 0; j < moment_count; ++j) codes[j][q] = load_codes(moments[j], at[q]);
   }
-  const float old_absmax = tensor.exp_avg_absmax[block];
-  const float old_absmax_sq = tensor.exp_avg_sq_absmax[block];
+  float old_absmax[moment_count];
+#pragma unroll
+  for (int j = 0; j < moment_count; ++j) old_absmax[j] = tensor.absmaxes[j][block];
 
-  Quad m[quads_per_lane], v[quads_per_lane];
+  Quad m[moment_count][quads_per_lane];
 #pragma unroll
   for (int q = 0; q < quads_per_lane; ++q) {
     Quad p = widen(tensor.param_kind, param[q]);
     const Quad g = widen(tensor.grad_kind, grad[q]);
 #pragma unroll
-    for (int i = 0; i < elements_per_quad; ++i) {
-      m[q].values[i] = first_table.decode(codes[q] >> (8 * i) & 0xff) * old_absmax;
-      v[q].values[i] = second_table.decode(codes_sq[q] >> (8 * i) & 0xff) * old_absmax_sq;
-      rule(p.values[i], g.values[i], m[q].values[i], v[q].values[i]);
+    for (int j = 0; j < moment_count; ++j) {
+#pragma unroll
+      for (int i = 0; i < elements_per_quad; ++i) {
+        m[j][q].values[i] = tables.decode(j, codes[j][q] >> (8 * i) & 0xff) * old_absmax[j];
+      }
     }
+    step_quad(rule, p, g, m, q);
     store_quad(tensor.param_kind, params, at[q], p);
   }
 
-  const float absmax = absolute_maximum(m, at, is_whole);
-  const float absmax_sq = absolute_maximum(v, at, is_whole);
-  Quad m_unit[quads_per_lane], v_unit[quads_per_lane];
-  normalize(absmax, m, m_unit);
-  normalize(absmax_sq, v, v_unit);
+  float absmax[moment_count];
 #pragma unroll
-  for (int q = 0; q < quads_per_lane; ++q) {
-    std::uint32_t word = 0, word_sq = 0;
+  for (int j = 0; j < moment_count; ++j) absmax[j] = absolute_maximum(m[j], at, is_whole);
 #pragma unroll
-    for (int i = 0; i < elements_per_quad; ++i) {
-      word |= encode_first_moment(first_table, m_unit[q].values[i]) << (8 * i);
-      word_sq |= encode_second_moment(second_table, v[q].values[i], v_unit[q].values[i]) << (8 * i);
+  for (int j = 0; j < moment_count; ++j) {
+    Quad unit[quads_per_lane];
+    normalize(absmax[j], m[j], unit);
+#pragma unroll
+    for (int q = 0; q < quads_per_lane; ++q) {
+      std::uint32_t word = 0;
+#pragma unroll
+      for (int i = 0; i < elements_per_quad; ++i) {
+        word |= tables.encode(j, m[j][q].values[i], unit[q].values[i]) << (8 * i);
+      }
+      store_codes(moments[j], at[q], word);
     }
-    store_codes(exp_avgs, at[q], word);
-    store_codes(exp_avg_sqs, at[q], word_sq);
-  }
-  if (lane == 0) {
-    tensor.exp_avg_absmax[block] = absmax;
-    tensor.exp_avg_sq_absmax[block] = absmax_sq;
+    if (lane == 0) tensor.absmaxes[j][block] = absmax[j];
   }
 }
 
-static __global__ void __launch_bounds__(adamw_threads, adamw8bit_thread_blocks_per_multiprocessor)
-    adamw8bit_kernel(const __grid_constant__ AdamWArguments a) {
+template <typename Rule>
+static __global__ void __launch_bounds__(optimizer_threads,
+                                         optimizer8bit_thread_blocks_per_multiprocessor<Rule>)
+    optimizer8bit_kernel(const __grid_constant__ OptimizerArguments<Rule> a) {
   if (is_skipped(a.found_inf)) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % lanes_per_warp, warp = warp_index(thread);
-  const Shared<Bytes16> tables = dynamic_shared_memory<Bytes16>();
-  constexpr int table_accesses = adamw8bit_shared_bytes / 16;
+  const Shared<Bytes16> memory = dynamic_shared_memory<Bytes16>();
+  constexpr int table_accesses = moment_tables_bytes<Rule> / 16;
 #pragma unroll
-  for (int first = 0; first < table_accesses; first += adamw_threads) {
-    const auto* const source = reinterpret_cast<const Bytes16*>(&device_adamw8bit_tables);
+  for (int first = 0; first < table_accesses; first += optimizer_threads) {
+    const auto* const source = reinterpret_cast<const Bytes16*>(&device_moment_tables);
     const int i = first + thread;
-    if (i < table_accesses) tables.store(i, load_16_bytes(source + i));
+    if (i < table_accesses) memory.store(i, load_16_bytes(source + i));
   }
   __syncthreads();
-  const Shared<unsigned char> bytes = tables.as<unsigned char>();
-  const FirstMomentTable first_table(bytes + static_cast<int>(offsetof(AdamW8bitTables, exp_avg)));
-  const SecondMomentTable second_table(bytes +
-                                       static_cast<int>(offsetof(AdamW8bitTables, exp_avg_sq)));
+  const SharedMomentTables tables(memory.as<unsigned char>());
 
   for (std::uint32_t chunk = blockIdx.x; chunk < a.chunks.chunk_count(); chunk += gridDim.x) {
     const int index = a.chunks.tensor_of(chunk);
-    const AdamWEntry& tensor = a.tensors[index];
-    const AdamWDeviceRule rule = rule_of(a, index);
+    const OptimizerEntry& tensor = a.tensors[index];
+    const DeviceRule<Rule> rule = rule_of(a, index);
     const std::int64_t first_block = a.chunks.first_element(index, chunk) / state_block_size;
     const std::int64_t whole_blocks = tensor.is_aligned ? tensor.count / state_block_size : 0;
     const std::int64_t blocks = ceil_divide(tensor.count, state_block_size);
 #pragma unroll 1
-    for (int i = warp; i < blocks_per_chunk; i += adamw_warps) {
+    for (int i = warp; i < blocks_per_chunk; i += optimizer_warps) {
       const std::int64_t block = first_block + i;
       if (block < whole_blocks) {
-        step_block<true>(rule, tensor, block, lane, first_table, second_table);
+        step_block<true>(rule, tensor, block, lane, tables);
       } else if (block < blocks) {
-        step_block<false>(rule, tensor, block, lane, first_table, second_table);
+        step_block<false>(rule, tensor, block, lane, tables);
       }
     }
   }

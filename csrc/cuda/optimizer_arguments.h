@@ -6,48 +6,55 @@
 #include <cstdint>
 
 #include "core/adamw_rule.h"
-#include "cuda/adamw_chunks.h"
+#include "core/lion_rule.h"
+#include "cuda/optimizer_chunks.h"
 
 namespace qlora::cuda {
+
+/// Of all rules. One that has fewer leaves the last ones out.
+inline constexpr int max_moment_count = 2;
 
 enum class FloatKind : std::uint8_t { float32, bfloat16, float16 };
 
 /// A parameter with its gradient and its state.
-struct AdamWEntry {
+struct OptimizerEntry {
   void* param;
   const void* grad;
-  void* exp_avg;             // fp32, or uint8 codes
-  void* exp_avg_sq;          // as exp_avg
-  float* exp_avg_absmax;     // 8-bit state only
-  float* exp_avg_sq_absmax;  // 8-bit state only
+  void* moments[max_moment_count];    // fp32, or uint8 codes
+  float* absmaxes[max_moment_count];  // 8-bit state only
   std::int64_t count;
   FloatKind param_kind, grad_kind;
   bool is_aligned;  // a quad is one access in each of the tensors
 };
 
 /// Of the kernels that step parameters.
-struct AdamWArguments {
-  AdamWRule rule;          // for all tensors, where there are no rules
-  const AdamWRule* rules;  // null, or one for each tensor
+template <typename Rule>
+struct OptimizerArguments {
+  Rule rule;               // for all tensors, where there are no rules
+  const Rule* rules;       // null, or one for each tensor
   const float* found_inf;  // null, or: not zero means that nothing is to be done
   ChunkTable chunks;
-  AdamWEntry tensors[tensors_per_launch];
+  OptimizerEntry tensors[tensors_per_launch];
 };
 
 /// Of the kernel that makes rules from the numbers that are in the device's memory.
-struct AdamWRuleArguments {
-  AdamWRule* rules;
+template <typename Rule>
+struct OptimizerRuleArguments {
+  Rule* rules;
   OptimizerNumbers numbers;
   const float* lr;          // null: numbers.lr
   const float* grad_scale;  // null: 1
-  const float* found_inf;   // as in AdamWArguments
+  const float* found_inf;   // as in OptimizerArguments
   int tensor_count;
   float* step_counts[tensors_per_launch];  // null: numbers.step
+  bool counts_step[tensors_per_launch];    // whether the step count goes up
 };
 
 // Since CUDA 12.1 (driver 530) and compute capability 7.0; 4 KB before.
 inline constexpr std::size_t max_parameter_bytes = 32764;
-static_assert(sizeof(AdamWArguments) <= max_parameter_bytes);
-static_assert(sizeof(AdamWRuleArguments) <= max_parameter_bytes);
+static_assert(sizeof(OptimizerArguments<AdamWRule>) <= max_parameter_bytes);
+static_assert(sizeof(OptimizerArguments<LionRule>) <= max_parameter_bytes);
+static_assert(sizeof(OptimizerRuleArguments<AdamWRule>) <= max_parameter_bytes);
+static_assert(sizeof(OptimizerRuleArguments<LionRule>) <= max_parameter_bytes);
 
 }  // namespace qlora::cuda
