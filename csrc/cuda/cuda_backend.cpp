@@ -1,6 +1,7 @@
 // The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
 // demand of their arguments.
 #include "core/backend.h"
+#include "core/paged_walk.h"
 #include "cuda/adamw.h"
 #include "cuda/dropout.h"
 #include "cuda/lora.h"
@@ -33,6 +34,22 @@ void check_scales_aligned(const NF4Weight& weight, const char* operation) {
   check_aligned(weight.nested_absmax, operation, "nested_absmax");
   check_aligned(weight.nested_offset, operation, "nested_offset");
 }
+
+/// Queues a step of a list of tensors, or of one list after another.
+class OptimizerLaunch {
+ public:
+  OptimizerLaunch(bool is_8bit, const OptimizerStep& step, cudaStream_t stream)
+      : is_8bit_(is_8bit), step_(step), stream_(stream) {}
+
+  void operator()(std::span<const OptimizerTensor> tensors) const {
+    (is_8bit_ ? cuda::launch_adamw8bit_step : cuda::launch_adamw_step)(tensors, step_, stream_);
+  }
+
+ private:
+  bool is_8bit_;
+  const OptimizerStep& step_;
+  cudaStream_t stream_;
+};
 
 class CudaBackend final : public Backend {
  public:
@@ -107,14 +124,21 @@ class CudaBackend final : public Backend {
 
   void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
                       const OptimizerStep& step, const ExecutionContext& context) const override {
-    const char* const operation = optimizer_step_name(rule, tensors.front().state.is_8bit());
+    const bool is_8bit = tensors.front().state.is_8bit();
+    const char* const operation = optimizer_step_name(rule, is_8bit);
     const DeviceGuard guard(tensors.front().param.device, operation);
     if (rule == OptimizerRule::lion) refuse(operation);
-    if (tensors.front().state.is_8bit()) {
-      cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
-    } else {
-      cuda::launch_adamw_step(tensors, step, stream_of(context));
-    }
+    OptimizerLaunch(is_8bit, step, stream_of(context))(tensors);
+  }
+
+  void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
+                            const OptimizerStep& step,
+                            const ExecutionContext& context) const override {
+    const char* const operation = optimizer_step_name(state.rule(), state.is_8bit());
+    const DeviceGuard guard(state.device(), operation);
+    if (state.rule() == OptimizerRule::lion) refuse(operation);
+    const OptimizerLaunch launch(state.is_8bit(), step, stream_of(context));
+    walk_pages(state, tensors, context.stream, launch);
   }
 
   std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
