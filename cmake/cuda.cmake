@@ -55,6 +55,7 @@ function(qlora_add_cuda_backend target)
     csrc/cuda/optimizer.cu
     csrc/cuda/page_memory.cpp
     csrc/cuda/paged_buffer.cpp
+    csrc/cuda/paging_plan.cpp
     csrc/cuda/runtime.cpp)
   string(REPLACE ";" "," architectures "${QLORA_CUDA_ARCHS}")
   set_source_files_properties(csrc/cuda/cuda_backend.cpp PROPERTIES COMPILE_DEFINITIONS

@@ -245,10 +245,14 @@ StreamBuffer::StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* o
 
 StreamBuffer::~StreamBuffer() { is_pooled_ ? cudaFreeAsync(data_, stream_) : cudaFree(data_); }
 
-void refuse_capture(cudaStream_t stream, const char* operation, const char* reason) {
+bool is_capturing(cudaStream_t stream, const char* operation) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &status), operation);
-  if (status != cudaStreamCaptureStatusNone) {
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void refuse_capture(cudaStream_t stream, const char* operation, const char* reason) {
+  if (is_capturing(stream, operation)) {
     throw Unsupported(message(operation, ": the stream records a CUDA graph, but ", reason));
   }
 }

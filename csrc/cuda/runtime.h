@@ -103,6 +103,8 @@ class StreamBuffer {
 /// `reason` says what needs it.
 void check_driver(int version, const char* operation, const char* reason);
 
+bool is_capturing(cudaStream_t stream, const char* operation);
+
 /// Throws Unsupported, for the given reason, while `stream` records a CUDA graph.
 void refuse_capture(cudaStream_t stream, const char* operation,
                     const char* reason =

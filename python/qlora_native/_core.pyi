@@ -159,6 +159,7 @@ class PagedReport(TypedDict):
     device_bytes: int
     moved_to_device_bytes: int
     moved_to_host_bytes: int
+    refused_bytes: int
 
 class PagedBuffer:
     """Memory for optimiser state, in pages that need not all be on the device at a time.
