@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_native import PagedAdamW, PagedAdamW8bit
+from qlora_native import PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit
 from support import assert_near, lora_layer, nf4_layer
 
 GPU = torch.device("cuda")
@@ -12,7 +12,9 @@ TOKENS = (1, 17, 300, 2100)  # for every kernel, and the workspace
 N, K = 768, 512
 
 over_tokens = pytest.mark.parametrize("m", TOKENS)
-over_optimizers = pytest.mark.parametrize("optimizer_class", [PagedAdamW, PagedAdamW8bit])
+over_optimizers = pytest.mark.parametrize(
+    "optimizer_class", [PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit]
+)
 over_layers = pytest.mark.parametrize("kind", ["nf4", "lora", "lora with dropout"])
 
 

@@ -16,7 +16,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qlora_native import NF4Weight, PagedAdamW, PagedAdamW8bit, _core, nf4_dequantize, nf4_quantize
+from qlora_native import (
+    NF4Weight,
+    PagedAdamW,
+    PagedAdamW8bit,
+    PagedLion,
+    PagedLion8bit,
+    _core,
+    nf4_dequantize,
+    nf4_quantize,
+)
 from qlora_native.ops.storage import NF4Tensors, execution
 from support import FLOAT_DTYPES, Approximate, assert_within, same_bits
 
@@ -99,16 +108,19 @@ def dropout(device: torch.device) -> None:
         assert same_bits(*results)
 
 
-def adamw(device: torch.device) -> None:
-    """Bits of parameters and state after two steps, in 32 and 8 bits, of a list of all dtypes."""
+def optimizers(device: torch.device) -> None:
+    """Bits of parameters and state after two steps, of a list of all dtypes."""
     sizes = [(1,), (300,), (33, 65), (0, 5), (20_001,)]
-    for optimizer_class in (PagedAdamW, PagedAdamW8bit):
-        values = [torch.randn(size).to(dtype) for size in sizes for dtype in FLOAT_DTYPES]
+    classes = (PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit)
+    for optimizer_class, is_stochastic in itertools.product(classes, (False, True)):
+        dtypes = FLOAT_DTYPES[:2] if is_stochastic else FLOAT_DTYPES
+        values = [torch.randn(size).to(dtype) for size in sizes for dtype in dtypes]
         gradients = [[torch.randn_like(value) for value in values] for _ in range(2)]
         outcomes = []
         for place in (torch.device("cpu"), device):
             parameters = [nn.Parameter(value.to(place, copy=True)) for value in values]
-            optimizer = optimizer_class(parameters, lr=0.1)
+            torch.manual_seed(17)  # of the rounding
+            optimizer = optimizer_class(parameters, lr=0.1, stochastic_rounding=is_stochastic)
             for step in gradients:
                 for parameter, gradient in zip(parameters, step, strict=True):
                     parameter.grad = gradient.to(place)
@@ -150,7 +162,7 @@ CASES: tuple[Callable[[torch.device], None], ...] = (
     products,
     lora,
     dropout,
-    adamw,
+    optimizers,
     paging,
 )
 

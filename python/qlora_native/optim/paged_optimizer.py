@@ -111,6 +111,8 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def _reserve(self) -> None:
         """With a page file, give every parameter its place now, so that a full disk is told now."""
+        for is_8bit in {self._keeps_8bit_state(param) for _, param in self._numbered()}:
+            self._pages.page_bytes_of(StateKind(self._rule, is_8bit))  # refuses one too small
         if self._pages.options.page_file is not None:
             self._lay_out(param for _, param in self._numbered() if param.requires_grad)
         self._is_built = True
@@ -143,6 +145,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 live.append(param)
             wanted.append((number, param, kind))
         self._pages.lay_out(wanted, live)
+        self._moved_before = []  # of pages that are no more
         for param in live:
             # In place: whoever holds the dict of a parameter sees its state.
             self.state[param].update(self._pages.slots[id(param)].views)

@@ -52,6 +52,8 @@ def check_state(where: str, param: Tensor, state: dict[str, Any], kind: StateKin
     missing = [name for name in kind.names if name not in state]
     if missing:
         raise ValueError(f"{where} has {sorted(state)}, want {sorted(kind.names)}")
+    if not _is_count(state["step"]):
+        raise ValueError(f"{where}: step is {state['step']}, want a whole number of at least 0")
     for name in kind.planes:
         value = state[name]
         if not isinstance(value, Tensor):
@@ -71,6 +73,14 @@ def check_state(where: str, param: Tensor, state: dict[str, Any], kind: StateKin
                 + (str(wanted) if kind.is_8bit else "a float dtype")
             )
         _check_placement(f"{where}: {name}", value, param)
+
+
+def _is_count(step: Any) -> bool:
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.device.type != "cpu":
+            return step.numel() == 1  # to look at it would wait for the device
+        step = step.item()
+    return isinstance(step, (int, float)) and step >= 0 and float(step).is_integer()
 
 
 def _check_placement(what: str, value: Tensor, param: Tensor) -> None:

@@ -32,7 +32,9 @@ class PagingOptions(NamedTuple):
     def check(self, name: str) -> None:
         """Raise ValueError for what is wrong whatever the state; the core checks the rest."""
         if self.paging not in _STRATEGIES:
-            raise ValueError(f"{name}: paging is {self.paging!r}, want one of {_STRATEGIES}")
+            raise ValueError(
+                f"{name}: paging is {self.paging!r}, want 'automatic', 'managed' or 'pinned'"
+            )
         for argument in ("page_bytes", "resident_bytes"):
             value = getattr(self, argument)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -46,7 +48,7 @@ class Slot:
 
     Attributes:
         views: what `optimizer.state` holds of it: the step count, and a tensor for each plane.
-        is_zero: whether the memory is still as it was made, all zeros.
+        is_zero: whether the memory is still as it was made, all zeros: no step has had it.
     """
 
     __slots__ = (
@@ -80,10 +82,11 @@ class Slot:
         )
 
     def clear(self) -> None:
-        """Make it the state of a parameter that has taken no step."""
+        """Make it the state of a parameter that takes its first step now."""
         self.views["step"].zero_()
         for name in self.kind.planes if not self.is_zero else ():
             local_part(self.views[name]).zero_()
+        self.is_zero = False
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Copy a checked state into the pages."""
@@ -124,6 +127,14 @@ class StatePages:
             new.write(old.views)
         self.slots, self.buffers = slots, buffers
 
+    def page_bytes_of(self, kind: StateKind) -> int:
+        """Of a page of such state, which the core cuts at what its kernels can.
+
+        Raises ValueError if it can cut none so small.
+        """
+        page_bytes = self.options.page_bytes
+        return _core.PagedState("cpu", kind.rule, kind.is_8bit, 0, page_bytes=page_bytes).page_bytes
+
     def _make_pages(
         self,
         device: torch.device,
@@ -133,16 +144,24 @@ class StatePages:
     ) -> _core.PagedState:
         options = self.options
         elements = sum(_room_of(param) for _, param in members)
-        pages = _core.PagedState(
-            str(device),
-            kind.rule,
-            kind.is_8bit,
-            elements,
-            page_bytes=options.page_bytes,
-            strategy=options.paging if device.type == "cuda" else "automatic",
-            resident_bytes=resident_bytes,
-            page_file=options.page_file,
-        )
+        try:
+            pages = _core.PagedState(
+                str(device),
+                kind.rule,
+                kind.is_8bit,
+                elements,
+                page_bytes=options.page_bytes,
+                strategy=options.paging if device.type == "cuda" else "automatic",
+                resident_bytes=resident_bytes,
+                page_file=options.page_file,
+            )
+        except ValueError as error:
+            if resident_bytes in (None, options.resident_bytes):
+                raise
+            raise ValueError(
+                f"{error} (the share of {8 if kind.is_8bit else 32}-bit state on {device}; "
+                f"all is resident_bytes {options.resident_bytes})"
+            ) from error
         if pages.strategy == "pinned" and any(is_sharded(param) for _, param in members):
             raise NotImplementedError(
                 "paging is 'pinned', which keeps state on the host, and a parameter is sharded: "
@@ -153,31 +172,30 @@ class StatePages:
     def _split_budget(
         self, by_pages: Mapping[tuple[torch.device, StateKind], list[tuple[int, Tensor]]]
     ) -> dict[tuple[torch.device, StateKind], int | None]:
-        """resident_bytes for each kind of state on a device: small ones are resident, others share.
+        """resident_bytes for each kind of state on a device: two pages, and a share of the rest.
 
         With several devices, each has resident_bytes.
         """
         total = self.options.resident_bytes
         if total is None:
             return dict.fromkeys(by_pages)
+        sizes = {
+            key: sum(_room_of(param) for _, param in members) * _bytes_per_block(key[1]) // BLOCK
+            for key, members in by_pages.items()
+        }
+        page_bytes = {kind: self.page_bytes_of(kind) for _, kind in by_pages}
+        needs = {key: min(size, 2 * page_bytes[key[1]]) for key, size in sizes.items()}
         budgets: dict[tuple[torch.device, StateKind], int | None] = {}
         for device in {device for device, _ in by_pages}:
-            sizes = {
-                key: sum(_room_of(param) for _, param in members)
-                * _bytes_per_block(key[1])
-                // BLOCK
-                for key, members in by_pages.items()
-                if key[0] == device
-            }
-            small = {key: size for key, size in sizes.items() if size <= self.options.page_bytes}
-            small_bytes, all_bytes = sum(small.values()), sum(sizes.values())
-            for key, size in sizes.items():
-                if small_bytes > total:  # too little in any case, which the core says
-                    budgets[key] = total * size // all_bytes
-                elif key in small:
-                    budgets[key] = size
+            keys = [key for key in by_pages if key[0] == device]
+            rest = total - sum(needs[key] for key in keys)
+            beyond = sum(sizes[key] - needs[key] for key in keys)
+            for key in keys:
+                if rest < 0:  # too little, which the core says of one
+                    share = rest * needs[key] // (total - rest)
                 else:
-                    budgets[key] = (total - small_bytes) * size // (all_bytes - small_bytes)
+                    share = rest * (sizes[key] - needs[key]) // beyond if beyond else rest
+                budgets[key] = needs[key] + share
         return budgets
 
 

@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from test_paged_adamw import make_parameters, over_both, set_gradients, snapshot
+from optimizers import (
+    make_parameters,
+    over_all,
+    set_gradients,
+    snapshot,
+)
 from torch import nn
 
 from qlora_native import PagedAdamW, PagedAdamW8bit
@@ -29,10 +34,10 @@ def assert_same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
         assert same_bits(p.cpu(), q.cpu())
 
 
-OPTIONS = [{}, {"maximize": True, "lr": 0.1}, {"weight_decay": 0.0, "betas": (0.5, 0.9)}]
+OPTIONS = [{}, {"maximize": True, "lr": 0.1}, {"weight_decay": 0.1, "betas": (0.5, 0.9)}]
 
 
-@over_both
+@over_all
 @over_dtypes
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_steps_give_the_bits_of_the_cpu(optimizer_class, dtype, options):
@@ -49,7 +54,7 @@ def test_steps_give_the_bits_of_the_cpu(optimizer_class, dtype, options):
         assert_same(a, b)
 
 
-@over_both
+@over_all
 def test_parameters_of_all_dtypes_share_a_list_and_need_not_be_aligned(optimizer_class):
     flat = {dtype: torch.randn(100_000).to(dtype) for dtype in FLOAT_DTYPES}
     flat_gpu = {dtype: values.cuda() for dtype, values in flat.items()}
@@ -69,7 +74,7 @@ def test_parameters_of_all_dtypes_share_a_list_and_need_not_be_aligned(optimizer
     assert_same(a, b)
 
 
-@over_both
+@over_all
 def test_more_parameters_than_a_launch_takes(optimizer_class):
     parameters = make_parameters(shapes=[(i * 37 % 5003,) for i in range(1000)])
     copies = on_gpu(parameters)
@@ -80,6 +85,46 @@ def test_more_parameters_than_a_launch_takes(optimizer_class):
         a.step()
         b.step()
     assert_same(a, b)
+
+
+@over_all
+def test_stochastic_rounding_gives_the_bits_of_the_cpu(optimizer_class):
+    parameters = make_parameters(torch.bfloat16, SHAPES)
+    copies = on_gpu(parameters)
+    torch.manual_seed(5)
+    a = optimizer_class(parameters, lr=1e-4, stochastic_rounding=True)
+    torch.manual_seed(5)
+    b = optimizer_class(copies, lr=1e-4, stochastic_rounding=True)
+    for step in range(4):
+        set_gradients(step, parameters)
+        copy_gradients(parameters, copies)
+        a.step()
+        b.step()
+    assert_same(a, b)
+
+
+@over_all
+@pytest.mark.parametrize("paging", ["managed", "pinned"])
+def test_pages_under_a_budget_give_the_bits_of_the_cpu(optimizer_class, paging):
+    """Of three pages and more, no more than two are on the device at a time."""
+    parameters = make_parameters(shapes=[(2000, 1024), (300,), (50, 70)])
+    copies = on_gpu(parameters)
+    page_bytes, budget = 600_000, 1_400_000
+    a = optimizer_class(parameters)
+    b = optimizer_class(copies, paging=paging, page_bytes=page_bytes, resident_bytes=budget)
+    for step in range(3):
+        set_gradients(step, parameters)
+        copy_gradients(parameters, copies)
+        a.step()
+        b.step()
+    assert_same(a, b)
+    report = b.paging_report()
+    large = max(report.parts, key=lambda part: part.bytes)
+    assert (large.strategy, large.device) == (paging, "cuda:0")
+    assert large.pages >= 3
+    assert report.device_bytes + report.host_bytes + report.unknown_bytes == report.bytes
+    assert report.device_bytes <= budget
+    assert report.moved_to_device_bytes > 0
 
 
 def test_a_list_may_be_on_the_cpu_and_the_gpu():
@@ -111,7 +156,7 @@ def test_steps_follow_torch_fused():
             p.data.copy_(q)
 
 
-@over_both
+@over_all
 def test_a_state_dict_moves_between_the_devices(optimizer_class):
     parameters = make_parameters(shapes=SHAPES)
     a = optimizer_class(parameters)
@@ -141,8 +186,8 @@ def step_without_waiting(optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-@over_both
-@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"lr": "tensor"}], ids=str)
+@over_all
+@pytest.mark.parametrize("options", [{}, {"lr": "tensor"}, {"stochastic_rounding": True}], ids=str)
 def test_a_step_does_not_wait_for_the_gpu(optimizer_class, options):
     if options.get("lr") == "tensor":
         options = {"lr": torch.tensor(0.1, device="cuda")}
@@ -152,7 +197,7 @@ def test_a_step_does_not_wait_for_the_gpu(optimizer_class, options):
     step_without_waiting(optimizer_class(parameters, **options))
 
 
-@over_both
+@over_all
 def test_a_step_runs_on_the_current_stream(optimizer_class):
     parameters = make_parameters(shapes=SHAPES)
     copies = on_gpu(parameters)
@@ -173,13 +218,13 @@ def test_a_step_runs_on_the_current_stream(optimizer_class):
     assert_same(a, b)
 
 
-@over_both
+@over_all
 def test_a_graph_replays_steps_that_count(optimizer_class):
     parameters = make_parameters(shapes=SHAPES)
     copies = on_gpu(parameters)
     rate = torch.tensor(0.5, device="cuda")
     a = optimizer_class(parameters, lr=0.5)
-    b = optimizer_class(copies, lr=rate, capturable=True)
+    b = optimizer_class(copies, lr=rate)
     set_gradients(0, parameters)
     copy_gradients(parameters, copies)
     a.step()
@@ -198,25 +243,23 @@ def test_a_graph_replays_steps_that_count(optimizer_class):
     assert_same(a, b)
 
 
-@over_both
-def test_a_graph_that_would_repeat_wrongly_is_refused(optimizer_class):
-    parameters = on_gpu(make_parameters(shapes=[(300,)]))
-    parameters[0].grad = torch.ones(300, device="cuda")
-    optimizer = optimizer_class(parameters)
-    optimizer.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="want capturable=True"):
-        optimizer.step()
-    fresh = optimizer_class(parameters, capturable=True)
+@over_all
+def test_a_capture_before_the_first_step_is_refused(optimizer_class):
+    (p,) = on_gpu(make_parameters(shapes=[(300,)]))
+    p.grad = torch.ones(300, device="cuda")
+    optimizer = optimizer_class([p])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="before the capture"):
-        fresh.step()
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
 
 
 # ---- GradScaler
 
 
-@over_both
+@over_all
 def test_a_grad_scaler_skips_steps_without_waiting(optimizer_class):
     parameters = make_parameters(shapes=SHAPES)
     copies = on_gpu(parameters)
@@ -242,7 +285,7 @@ def test_a_grad_scaler_skips_steps_without_waiting(optimizer_class):
     assert_same(a, b)
 
 
-@over_both
+@over_all
 def test_found_inf_is_read_on_the_device(optimizer_class):
     parameters = on_gpu(make_parameters(shapes=SHAPES))
     for p in parameters:

@@ -1,33 +1,30 @@
-"""State dicts of PagedAdamW and PagedAdamW8bit: to and from torch, resuming, refusing."""
+"""State dicts: what they hold, and how a run goes on from one; torch's both ways."""
 
 import copy
 import io
 
 import pytest
 import torch
-from test_paged_adamw import clones, make_parameters, over_both, set_gradients, snapshot
+from optimizers import (
+    clones,
+    is_in_pages,
+    make_parameters,
+    over_all,
+    parameters_of,
+    same_run,
+    saved_and_loaded,
+    set_gradients,
+    snapshot,
+    stepped,
+    take_steps,
+)
 from torch import nn
 
-from qlora_native import PagedAdamW, PagedAdamW8bit
+from qlora_native import PagedAdamW
 from support import over_dtypes, same_bits
 
 
-def stepped(optimizer_class, parameters: list[nn.Parameter], steps: int = 3, **options):
-    optimizer = optimizer_class(parameters, **options)
-    for step in range(steps):
-        set_gradients(step, parameters)
-        optimizer.step()
-    return optimizer
-
-
-def saved_and_loaded(state_dict: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@over_both
+@over_all
 @over_dtypes
 def test_a_run_that_is_resumed_is_the_run_that_was_not_bit_for_bit(optimizer_class, dtype):
     parameters = make_parameters(dtype, [(33, 65), (5000,), (300, 40), ()])
@@ -45,7 +42,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_bit_for_bit(optimizer_cla
         assert same_bits(a, b)
 
 
-@over_both
+@over_all
 def test_loading_copies_and_shares_nothing(optimizer_class):
     parameters = make_parameters(shapes=[(5000,), (30,)])
     optimizer = stepped(optimizer_class, parameters)
@@ -58,7 +55,7 @@ def test_loading_copies_and_shares_nothing(optimizer_class):
         assert same_bits(a, b)
 
 
-@over_both
+@over_all
 def test_the_given_dict_is_left_as_it_is(optimizer_class):
     state_dict = stepped(optimizer_class, make_parameters(torch.bfloat16)).state_dict()
     before = copy.deepcopy(state_dict)
@@ -182,111 +179,99 @@ def test_the_hooks_of_the_user_run():
     assert optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"].abs().max() > 0
 
 
-# ---- refusals
+@over_all
+def test_a_state_dict_before_the_first_step_starts_anew(optimizer_class):
+    source = optimizer_class(make_parameters(shapes=[(5000,), (30,)]), lr=0.3)
+    other = stepped(optimizer_class, make_parameters(shapes=[(5000,), (30,)]))
+    other.load_state_dict(saved_and_loaded(source.state_dict()))
+    assert not other.state
+    fresh = optimizer_class(clones(parameters_of(other)), lr=0.3)
+    for optimizer in (other, fresh):
+        take_steps(optimizer, range(2))
+    assert same_run(other, fresh)
 
 
-def refused(optimizer, state_dict: dict, message: str) -> None:
-    """`state_dict` raises, and leaves state and settings alone."""
-    before = snapshot(optimizer)
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(state_dict)
-    for a, b in zip(snapshot(optimizer), before, strict=True):
-        assert same_bits(a, b)
-    after = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    assert after == settings
+@over_all
+def test_a_parameter_that_the_state_dict_leaves_out_starts_anew(optimizer_class):
+    parameters = make_parameters(shapes=[(5000,), (5000,), (30,), (30,)])
+    source = optimizer_class(clones(parameters))
+    set_gradients(0, parameters_of(source))
+    for p in parameters_of(source)[::2]:
+        p.grad = None
+    source.step()
+    other = stepped(optimizer_class, parameters)
+    other.load_state_dict(saved_and_loaded(source.state_dict()))
+    fresh = optimizer_class(clones(parameters))
+    fresh.load_state_dict(saved_and_loaded(source.state_dict()))
+    assert [bool(other.state.get(p)) for p in parameters] == [False, True, False, True]
+    for optimizer in (other, fresh):
+        take_steps(optimizer, range(1, 3))
+    assert same_run(other, fresh)
 
 
-@pytest.mark.parametrize("stepped_before", [False, True])
-def test_8_bit_state_is_refused_by_32_bits_and_the_other_way(stepped_before):
-    parameters = make_parameters(shapes=[(30,), (5000,)])
-    steps = 2 if stepped_before else 0
-    in_32_bits = stepped(PagedAdamW, clones(parameters), steps)
-    in_8_bits = stepped(PagedAdamW8bit, clones(parameters), steps)
-    refused(
-        in_32_bits,
-        stepped(PagedAdamW8bit, clones(parameters)).state_dict(),
-        r"PagedAdamW: state of parameter 1 has .*'exp_avg_absmax'.*, want",
+@over_all
+def test_a_load_over_other_state_leaves_none_of_it(optimizer_class):
+    parameters = make_parameters(shapes=[(5000,), (300,)])
+    source = stepped(optimizer_class, clones(parameters), steps=2)
+    saved = saved_and_loaded(source.state_dict())
+    before = [p.detach().clone() for p in parameters_of(source)]
+    run_further = stepped(optimizer_class, parameters, steps=5)
+    for _ in range(2):
+        run_further.load_state_dict(saved)
+        assert is_in_pages(run_further)
+        for p, value in zip(parameters, before, strict=True):
+            p.data.copy_(value)
+        source.load_state_dict(saved)
+        for p, value in zip(parameters_of(source), before, strict=True):
+            p.data.copy_(value)
+        assert same_run(run_further, source)
+        for optimizer in (run_further, source):
+            take_steps(optimizer, range(5, 7))
+        assert same_run(run_further, source)
+
+
+@over_all
+def test_hooks_of_state_dicts_run(optimizer_class):
+    optimizer = stepped(optimizer_class, make_parameters(shapes=[(300,)]))
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("before"))
+
+    def mark(_, state_dict):
+        seen.append("after")
+        assert not isinstance(state_dict["state"][0]["step"], int)
+        state_dict["marked"] = True
+
+    optimizer.register_state_dict_post_hook(mark)
+    assert optimizer.state_dict()["marked"]
+    assert seen == ["before", "after"]
+
+
+@over_all
+def test_tensors_of_a_state_dict_go_into_safetensors(optimizer_class, tmp_path):
+    """They are contiguous and share no memory, whatever the parameters' strides."""
+    from safetensors.torch import load_file, save_file
+
+    parameters = make_parameters()
+    parameters.append(nn.Parameter(torch.randn(90, 80).t()))
+    optimizer = stepped(optimizer_class, parameters, lr=1e-2)
+    state_dict = optimizer.state_dict()
+    flat = {f"{i}.{k}": v for i, state in state_dict["state"].items() for k, v in state.items()}
+    assert len(flat) == len(parameters) * len(optimizer.state[parameters[0]]) + 2 * (
+        len(optimizer.state[parameters[-1]]) - len(optimizer.state[parameters[0]])
     )
-    refused(
-        in_8_bits,
-        stepped(PagedAdamW, clones(parameters)).state_dict(),
-        r"PagedAdamW8bit: state of parameter 1 has \['exp_avg', 'exp_avg_sq', 'step'\], want",
-    )
-    refused(
-        in_8_bits,
-        stepped(torch.optim.AdamW, clones(parameters)).state_dict(),
-        "PagedAdamW8bit: state of parameter 1 has",
-    )
+    save_file(flat, tmp_path / "state.safetensors")
+    stored = load_file(tmp_path / "state.safetensors")
+    state = {i: {k: stored[f"{i}.{k}"] for k in names} for i, names in state_dict["state"].items()}
+    other = optimizer_class(clones(parameters))
+    other.load_state_dict({**state_dict, "state": state})
+    assert same_run(optimizer, other)
 
 
-@over_both
-@pytest.mark.parametrize("shapes", [[(30,), (50, 100)], [(5000,), (30,)], [(30,), (5001,)]])
-def test_state_of_other_shapes_is_refused(optimizer_class, shapes):
-    optimizer = stepped(optimizer_class, make_parameters(shapes=[(30,), (100, 50)]), lr=0.3)
-    source = stepped(optimizer_class, make_parameters(shapes=shapes), lr=0.5)
-    refused(optimizer, source.state_dict(), "state of parameter [01]")
-
-
-@over_both
-def test_another_number_of_parameters_or_groups_is_refused(optimizer_class):
-    optimizer = stepped(optimizer_class, make_parameters(shapes=[(30,), (40,)]))
-    fewer = stepped(optimizer_class, make_parameters(shapes=[(30,)]))
-    refused(optimizer, fewer.state_dict(), r"groups of \[1\] parameters, want \[2\]")
-    a, b = make_parameters(shapes=[(30,), (40,)])
-    split = stepped(optimizer_class, [a])
-    split.add_param_group({"params": [b]})
-    refused(optimizer, split.state_dict(), r"groups of \[1, 1\] parameters, want \[2\]")
-
-
-@pytest.mark.parametrize(
-    ("optimizer_class", "message"),
-    [
-        (torch.optim.SGD, "another kind of optimiser: a group has no betas, eps"),
-        (torch.optim.Adagrad, "another kind of optimiser: a group has no betas"),
-        (torch.optim.Adam, "of Adam, whose weight decay is not decoupled"),
-        (torch.optim.Adamax, "state of parameter 0 has .*exp_inf|not decoupled"),
-        (torch.optim.NAdam, "state of parameter 0 has .*mu_product|not decoupled"),
-    ],
-)
-def test_the_state_of_another_algorithm_is_refused(optimizer_class, message):
-    parameters = make_parameters(shapes=[(30,)])
-    source = stepped(optimizer_class, clones(parameters))
-    if optimizer_class is torch.optim.Adam and "decoupled_weight_decay" not in source.defaults:
-        pytest.skip(f"the state of Adam of torch {torch.__version__} is that of AdamW")
-    refused(stepped(PagedAdamW, parameters), source.state_dict(), message)
-
-
-def test_the_state_of_amsgrad_is_refused():
-    parameters = make_parameters(shapes=[(30,)])
-    source = stepped(torch.optim.AdamW, clones(parameters), amsgrad=True)
-    refused(stepped(PagedAdamW, parameters), source.state_dict(), "AdamW with amsgrad")
-
-
-def test_numbers_out_of_range_are_refused():
-    parameters = make_parameters(shapes=[(30,)])
-    state_dict = stepped(PagedAdamW, clones(parameters)).state_dict()
-    state_dict["param_groups"][0]["lr"] = -1.0
-    refused(stepped(PagedAdamW, parameters), state_dict, "lr is -1.0")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("exp_avg", torch.zeros(5000), "exp_avg is torch.float32, want uint8"),
-        ("exp_avg_absmax", torch.zeros(19), r"exp_avg_absmax is .* \[19\], want .* \[20\]"),
-        ("exp_avg_sq_absmax", torch.zeros(20).half(), "exp_avg_sq_absmax is torch.float16"),
-    ],
-)
-def test_damaged_8_bit_state_is_refused(name, value, message):
-    parameters = make_parameters(shapes=[(5000,)])
-    state_dict = stepped(PagedAdamW8bit, clones(parameters)).state_dict()
-    state_dict["state"][0][name] = value
-    refused(stepped(PagedAdamW8bit, parameters), state_dict, message)
-
-
-def test_32_bit_state_of_a_dtype_of_codes_is_refused():
-    parameters = make_parameters(shapes=[(300,)])
-    state_dict = stepped(PagedAdamW, clones(parameters)).state_dict()
-    state_dict["state"][0]["exp_avg"] = torch.zeros(300, dtype=torch.uint8)
-    refused(stepped(PagedAdamW, parameters), state_dict, "exp_avg is torch.uint8, want a float")
+@over_all
+def test_a_file_holds_what_the_state_needs_and_no_whole_pages(optimizer_class):
+    optimizer = stepped(optimizer_class, make_parameters(shapes=[(5000,), *[(10,)] * 20]))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    content = sum(v.nbytes for state in optimizer.state.values() for v in state.values())
+    count = sum(len(state) for state in optimizer.state.values())
+    assert file.getbuffer().nbytes < content + 400 * count + 5000  # zip headers, and pickled groups
