@@ -20,13 +20,15 @@ void set_out_of_memory(const char* text) {
   py::set_error(PyExc_MemoryError, text);
 }
 
-/// Python picks the class of its number, as FileNotFoundError.
+/// Python picks the class of its number, as FileNotFoundError. A path, which the text has in it, need
+/// not be UTF-8.
 void set_file_error(const FileError& error) {
+  const auto text = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
   const auto path =
       py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.path.c_str()));
-  if (!path) return;
+  if (!text || !path) return;
   const auto value = py::reinterpret_steal<py::object>(
-      PyObject_CallFunction(PyExc_OSError, "isO", error.number, error.what(), path.ptr()));
+      PyObject_CallFunction(PyExc_OSError, "iOO", error.number, text.ptr(), path.ptr()));
   if (value) PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())), value.ptr());
 }
 
