@@ -36,10 +36,11 @@ OptimizerEntry entry_of(const OptimizerTensor& tensor) {
       .grad = tensor.grad.data,
       .moments = {state.exp_avg.data, state.exp_avg_sq.data},
       .absmaxes = {state.exp_avg_absmax.as<float>(), state.exp_avg_sq_absmax.as<float>()},
+      .first_counter = RoundingStream::counter_of(tensor.number, tensor.first_element),
       .count = tensor.param.numel(),
+      .is_aligned = true,
       .param_kind = kind_of(tensor.param.dtype),
-      .grad_kind = kind_of(tensor.grad.dtype),
-      .is_aligned = true};
+      .grad_kind = kind_of(tensor.grad.dtype)};
   for (const TensorView* view : {&tensor.param, &tensor.grad, &state.exp_avg, &state.exp_avg_sq}) {
     entry.is_aligned &= is_quad_aligned(*view);
   }
@@ -63,14 +64,14 @@ struct StepKernel {
   int shared_bytes;
 };
 
-template <typename Rule>
+template <typename Rule, bool is_stochastic>
 StepKernel<Rule> step_kernel(bool is_8bit, const char* operation) {
-  if (!is_8bit) return {optimizer_kernel<Rule>, 65535, 0};
+  if (!is_8bit) return {optimizer_kernel<Rule, is_stochastic>, 65535, 0};
   int device = 0;
   check_cuda(cudaGetDevice(&device), operation);
-  const int multiprocessors = device_traits(device, operation).multiprocessor_count;
-  const int resident = optimizer8bit_thread_blocks_per_multiprocessor<Rule> * multiprocessors;
-  return {optimizer8bit_kernel<Rule>, static_cast<std::uint32_t>(resident),
+  const int resident = device_traits(device, operation).multiprocessor_count *
+                       optimizer8bit_thread_blocks_per_multiprocessor<Rule, is_stochastic>;
+  return {optimizer8bit_kernel<Rule, is_stochastic>, static_cast<std::uint32_t>(resident),
           moment_tables_bytes<Rule>};
 }
 
@@ -80,10 +81,11 @@ struct Batch {
   OptimizerArguments<Rule> step;
   OptimizerRuleArguments<Rule> rules;
 
-  Batch(const OptimizerStep& s, Rule* memory_of_rules)
-      : step{.rule = Rule(s),
+  Batch(const OptimizerStep& s, TensorRule<Rule>* memory_of_rules)
+      : step{.rule = TensorRule<Rule>(s),
              .rules = memory_of_rules,
              .found_inf = device_number(s.found_inf),
+             .rounding_seed = s.rounding_seed.value_or(0),
              .chunks = {},
              .tensors = {}},
         rules{.rules = memory_of_rules,
@@ -125,14 +127,17 @@ class BatchesOf final : public OptimizerLaunch::Batches {
  public:
   BatchesOf(const char* operation, bool is_8bit, const OptimizerStep& step, bool has_step_counts,
             cudaStream_t stream)
-      : operation_(operation), stream_(stream), kernel_(step_kernel<Rule>(is_8bit, operation)) {
+      : operation_(operation),
+        stream_(stream),
+        kernel_(step.rounding_seed ? step_kernel<Rule, true>(is_8bit, operation)
+                                   : step_kernel<Rule, false>(is_8bit, operation)) {
     load(kernel_.kernel, operation);
     if (step.lr_tensor.is_present || step.grad_scale.is_present || has_step_counts) {
       load(optimizer_rules_kernel<Rule>, operation);
-      memory_.emplace(sizeof(Rule) * tensors_per_launch, stream, operation);
+      memory_.emplace(sizeof(TensorRule<Rule>) * tensors_per_launch, stream, operation);
     }
     batch_ = std::make_unique<Batch<Rule>>(
-        step, memory_ ? reinterpret_cast<Rule*>(memory_->data()) : nullptr);
+        step, memory_ ? reinterpret_cast<TensorRule<Rule>*>(memory_->data()) : nullptr);
   }
 
   void launch_each(std::span<const OptimizerTensor> tensors) override {

@@ -13,6 +13,7 @@
 // instructions that an element takes; at HBM's speed an H200 has room for 150.
 #pragma once
 
+#include "cuda/optimizer_rounding.cuh"
 #include "cuda/optimizer_rules.cuh"
 #include "cuda/quad.cuh"
 
@@ -54,19 +55,19 @@ static __global__ void __launch_bounds__(rule_threads)
     numbers.step = static_cast<std::int64_t>(*step_count) + 1;
     if (a.counts_step[tensor]) *step_count += 1.0f;
   }
-  a.rules[tensor] = Rule(numbers, a.grad_scale != nullptr ? *a.grad_scale : 1.0f);
+  a.rules[tensor] = TensorRule<Rule>(numbers, a.grad_scale != nullptr ? *a.grad_scale : 1.0f);
 }
 
 template <typename Rule>
-__device__ DeviceRule<Rule> rule_of(const OptimizerArguments<Rule>& a, int tensor) {
-  if (a.rules != nullptr) return DeviceRule<Rule>(a.rules[tensor]);
-  return DeviceRule<Rule>(a.rule);
+__device__ TensorRule<Rule> rule_of(const OptimizerArguments<Rule>& a, int tensor) {
+  if (a.rules != nullptr) return a.rules[tensor];
+  return a.rule;
 }
 
-/// `is_whole`: the chunk is not short, and its tensor is aligned.
-template <bool is_whole, typename Rule>
-__device__ void step_chunk(const DeviceRule<Rule>& rule, const OptimizerEntry& tensor,
-                           std::int64_t begin, int thread) {
+/// `is_whole`: the chunk is not short, and its tensor is aligned. `rounding`: of the tensor.
+template <bool is_whole, bool is_stochastic, typename Rule>
+__device__ void step_chunk(const DeviceRule<Rule>& rule, const RoundingStream& rounding,
+                           const OptimizerEntry& tensor, std::int64_t begin, int thread) {
   constexpr int moment_count = Rule::moment_count;
   void* const params = element_address(tensor.param_kind, tensor.param, begin);
   const void* const grads = element_address(tensor.grad_kind, tensor.grad, begin);
@@ -89,7 +90,11 @@ __device__ void step_chunk(const DeviceRule<Rule>& rule, const OptimizerEntry& t
     }
     Quad p = widen(tensor.param_kind, param);
     step_quad(rule, p, widen(tensor.grad_kind, grad), m, 0);
-    store_quad(tensor.param_kind, params, at, p);
+    if (is_stochastic && tensor.param_kind == FloatKind::bfloat16) {
+      store_quad_stochastically(params, at, p, random_quad(stream_from(rounding, begin), at.first));
+    } else {
+      store_quad(tensor.param_kind, params, at, p);
+    }
 #pragma unroll
     for (int j = 0; j < moment_count; ++j) {
       store_quad(FloatKind::float32, moments[j], at, m[j][0]);
@@ -97,7 +102,7 @@ __device__ void step_chunk(const DeviceRule<Rule>& rule, const OptimizerEntry& t
   }
 }
 
-template <typename Rule>
+template <typename Rule, bool is_stochastic>
 static __global__ void __launch_bounds__(optimizer_threads,
                                          optimizer_thread_blocks_per_multiprocessor<Rule>)
     optimizer_kernel(const __grid_constant__ OptimizerArguments<Rule> a) {
@@ -106,12 +111,14 @@ static __global__ void __launch_bounds__(optimizer_threads,
   for (std::uint32_t chunk = blockIdx.x; chunk < a.chunks.chunk_count(); chunk += gridDim.x) {
     const int index = a.chunks.tensor_of(chunk);
     const OptimizerEntry& tensor = a.tensors[index];
-    const DeviceRule<Rule> rule = rule_of(a, index);
+    const TensorRule<Rule> numbers = rule_of(a, index);
+    const DeviceRule<Rule> rule(numbers.rule);
+    const RoundingStream rounding{a.rounding_seed, tensor.first_counter, numbers.step};
     const std::int64_t begin = a.chunks.first_element(index, chunk);
     if (tensor.is_aligned && begin + elements_per_chunk <= tensor.count) {
-      step_chunk<true>(rule, tensor, begin, thread);
+      step_chunk<true, is_stochastic>(rule, rounding, tensor, begin, thread);
     } else {
-      step_chunk<false>(rule, tensor, begin, thread);
+      step_chunk<false, is_stochastic>(rule, rounding, tensor, begin, thread);
     }
   }
 }

@@ -22,10 +22,11 @@
 
 namespace qlora::cuda {
 
-// AdamW: 80 registers a thread, and 57 KB of shared memory. With 4 the registers do not suffice.
-template <typename Rule>
+// AdamW: 80 registers a thread, and 57 KB of shared memory. Lion: 64, or 80 with random numbers. With
+// one more the registers do not suffice.
+template <typename Rule, bool is_stochastic>
 inline constexpr int optimizer8bit_thread_blocks_per_multiprocessor =
-    Rule::moment_count == 2 ? 3 : 4;
+    Rule::moment_count == 2 || is_stochastic ? 3 : 4;
 
 struct alignas(64) MomentTables {
   SignedDynamicMapTable first = make_signed_dynamic_map_table();
@@ -141,9 +142,11 @@ __device__ inline float absolute_maximum(const Quad (&moment)[quads_per_lane],
 }
 
 /// One block of a tensor, by a warp. `is_whole`: it is not short, and its tensor is aligned.
-template <bool is_whole, typename Rule>
-__device__ void step_block(const DeviceRule<Rule>& rule, const OptimizerEntry& tensor,
-                           std::int64_t block, int lane, const SharedMomentTables& tables) {
+/// `rounding`: of the tensor.
+template <bool is_whole, bool is_stochastic, typename Rule>
+__device__ void step_block(const DeviceRule<Rule>& rule, const RoundingStream& rounding,
+                           const OptimizerEntry& tensor, std::int64_t block, int lane,
+                           const SharedMomentTables& tables) {
   constexpr int moment_count = Rule::moment_count;
   constexpr int block_size = static_cast<int>(state_block_size);
   const std::int64_t begin = block * block_size;
@@ -170,6 +173,10 @@ __device__ void step_block(const DeviceRule<Rule>& rule, const OptimizerEntry& t
 #pragma unroll
   for (int j = 0; j < moment_count; ++j) old_absmax[j] = tensor.absmaxes[j][block];
 
+  const bool rounds_at_random = is_stochastic && tensor.param_kind == FloatKind::bfloat16;
+  RandomQuad random[quads_per_lane]{};
+  if (rounds_at_random) random_quads(stream_from(rounding, begin), lane, random);
+
   Quad m[moment_count][quads_per_lane];
 #pragma unroll
   for (int q = 0; q < quads_per_lane; ++q) {
@@ -183,7 +190,11 @@ __device__ void step_block(const DeviceRule<Rule>& rule, const OptimizerEntry& t
       }
     }
     step_quad(rule, p, g, m, q);
-    store_quad(tensor.param_kind, params, at[q], p);
+    if (rounds_at_random) {
+      store_quad_stochastically(params, at[q], p, random[q]);
+    } else {
+      store_quad(tensor.param_kind, params, at[q], p);
+    }
   }
 
   float absmax[moment_count];
@@ -206,9 +217,9 @@ __device__ void step_block(const DeviceRule<Rule>& rule, const OptimizerEntry& t
   }
 }
 
-template <typename Rule>
-static __global__ void __launch_bounds__(optimizer_threads,
-                                         optimizer8bit_thread_blocks_per_multiprocessor<Rule>)
+template <typename Rule, bool is_stochastic>
+static __global__ void __launch_bounds__(
+    optimizer_threads, optimizer8bit_thread_blocks_per_multiprocessor<Rule, is_stochastic>)
     optimizer8bit_kernel(const __grid_constant__ OptimizerArguments<Rule> a) {
   if (is_skipped(a.found_inf)) return;
   const int thread = static_cast<int>(threadIdx.x);
@@ -227,7 +238,9 @@ static __global__ void __launch_bounds__(optimizer_threads,
   for (std::uint32_t chunk = blockIdx.x; chunk < a.chunks.chunk_count(); chunk += gridDim.x) {
     const int index = a.chunks.tensor_of(chunk);
     const OptimizerEntry& tensor = a.tensors[index];
-    const DeviceRule<Rule> rule = rule_of(a, index);
+    const TensorRule<Rule> numbers = rule_of(a, index);
+    const DeviceRule<Rule> rule(numbers.rule);
+    const RoundingStream rounding{a.rounding_seed, tensor.first_counter, numbers.step};
     const std::int64_t first_block = a.chunks.first_element(index, chunk) / state_block_size;
     const std::int64_t whole_blocks = tensor.is_aligned ? tensor.count / state_block_size : 0;
     const std::int64_t blocks = ceil_divide(tensor.count, state_block_size);
@@ -235,9 +248,9 @@ static __global__ void __launch_bounds__(optimizer_threads,
     for (int i = warp; i < blocks_per_chunk; i += optimizer_warps) {
       const std::int64_t block = first_block + i;
       if (block < whole_blocks) {
-        step_block<true>(rule, tensor, block, lane, tables);
+        step_block<true, is_stochastic>(rule, rounding, tensor, block, lane, tables);
       } else if (block < blocks) {
-        step_block<false>(rule, tensor, block, lane, tables);
+        step_block<false, is_stochastic>(rule, rounding, tensor, block, lane, tables);
       }
     }
   }

@@ -79,10 +79,10 @@ TEST_F(CudaOptimizer8bit, TheGridIsWhatTheDeviceHoldsAtOnce) {
         kind, {.param = DType::bfloat16, .grad = DType::bfloat16}, 20 * 4096 - 77, generator)};
     draw_gradient(list[0], 1, generator);
     DeviceList on_device(list);
-    cuda::OptimizerLaunch launch(rule, true, step_number(1), false, nullptr);
+    cuda::OptimizerLaunch launch(rule, true, step_number(1, kind), false, nullptr);
     launch(optimizer_tensors(on_device.views(), kind));
     EXPECT_EQ(emulator::device().thread_blocks, thread_blocks);
-    step_list(cpu_views(list), kind, step_number(1));
+    step_list(cpu_views(list), kind, step_number(1, kind));
     EXPECT_TRUE(on_device.equals(list));
   }
 }

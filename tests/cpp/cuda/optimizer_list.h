@@ -22,18 +22,22 @@ inline TensorView on_cuda(TensorView view) {
 struct StepKind {
   OptimizerRule rule = OptimizerRule::adamw;
   bool is_8bit = false;
+  bool is_stochastic = false;  // the rounding of bfloat16 parameters
 
   const char* operation() const { return optimizer_step_name(rule, is_8bit); }
   std::string name() const {
     return std::string(rule == OptimizerRule::adamw ? "AdamW" : "Lion") +
-           (is_8bit ? "In8Bits" : "In32Bits");
+           (is_8bit ? "In8Bits" : "In32Bits") + (is_stochastic ? "Stochastic" : "");
   }
 };
 
 inline constexpr StepKind adamw_8bit{.is_8bit = true};
-inline const auto every_step_kind =
-    testing::Values(StepKind{}, adamw_8bit, StepKind{OptimizerRule::lion, false},
-                    StepKind{OptimizerRule::lion, true});
+inline auto step_kinds(bool is_stochastic) {
+  constexpr OptimizerRule adamw = OptimizerRule::adamw, lion = OptimizerRule::lion;
+  return testing::Values(StepKind{adamw, false, is_stochastic},
+                         StepKind{adamw, true, is_stochastic}, StepKind{lion, false, is_stochastic},
+                         StepKind{lion, true, is_stochastic});
+}
 
 /// One parameter. Lion has no second moment, 32-bit state no absmax, and a step count that the host
 /// keeps is no step_count.
@@ -108,6 +112,9 @@ inline std::vector<OptimizerTensor> optimizer_tensors(const std::vector<Views>& 
                                                       const StepKind& kind) {
   std::vector<OptimizerTensor> tensors(list.size());
   std::transform(list.begin(), list.end(), tensors.begin(), kind.is_8bit ? as_8bit : as_32bit);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i].number = 1000 + static_cast<std::int64_t>(i);
+  }
   return tensors;
 }
 
@@ -207,10 +214,11 @@ class DeviceList {
   std::vector<std::vector<std::uint8_t>> memory_;
 };
 
-/// Steps that differ in everything but their tensors.
-inline OptimizerStep step_number(std::int64_t t) {
+/// Steps that differ in everything but their tensors and how these are rounded.
+inline OptimizerStep step_number(std::int64_t t, const StepKind& kind) {
   OptimizerStep step;
   step.step = t;
+  if (kind.is_stochastic) step.rounding_seed = 0x123456789abcdef0u;
   step.lr = 0.01 * static_cast<double>(t);
   step.maximize = t % 2 == 0;
   step.weight_decay = t % 3 == 0 ? 0.5 : 0.0;
@@ -225,8 +233,8 @@ inline void expect_the_cpu_bits(std::vector<Parameter> list, const StepKind& kin
   for (std::int64_t t = 1; t <= steps; ++t) {
     for (Parameter& p : list) draw_gradient(p, t, generator);
     on_device.set_gradients(list);
-    step_list(cpu_views(list), kind, step_number(t));
-    step_list(on_device.views(), kind, step_number(t));
+    step_list(cpu_views(list), kind, step_number(t, kind));
+    step_list(on_device.views(), kind, step_number(t, kind));
     ASSERT_TRUE(on_device.equals(list)) << "step " << t;
   }
 }

@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "core/stochastic_rounding.h"
 #include "cuda/emulation/emulator.h"
 #include "cuda/optimizer_list.h"
 #include "cuda/optimizer_rules.cuh"
@@ -81,10 +82,15 @@ std::string dtypes_test_name(
   return kind.name() + name_of(param) + "Grad" + name_of(grad);
 }
 INSTANTIATE_TEST_SUITE_P(All, CudaOptimizerDtypes,
-                         testing::Combine(every_step_kind, float_dtypes, float_dtypes),
+                         testing::Combine(step_kinds(false), float_dtypes, float_dtypes),
+                         dtypes_test_name);
+INSTANTIATE_TEST_SUITE_P(Stochastic, CudaOptimizerDtypes,
+                         testing::Combine(step_kinds(true),
+                                          testing::Values(DType::float32, DType::bfloat16),
+                                          float_dtypes),
                          dtypes_test_name);
 
-/// A list of all dtypes, with any rule and kind of state.
+/// A list of all dtypes that can be, with any rule and kind of state.
 class CudaOptimizer : public testing::TestWithParam<StepKind> {
  protected:
   const StepKind kind = GetParam();
@@ -96,6 +102,7 @@ class CudaOptimizer : public testing::TestWithParam<StepKind> {
   std::vector<Parameter> make_list(bool has_step_count = false) {
     std::vector<Parameter> list;
     for (const DType param : {DType::float32, DType::bfloat16, DType::float16}) {
+      if (kind.is_stochastic && param == DType::float16) continue;
       for (const std::int64_t size : {700, 0, 4097}) {
         list.push_back(make_parameter(
             kind, {.param = param, .grad = DType::bfloat16, .has_step_count = has_step_count}, size,
@@ -152,7 +159,7 @@ TEST_P(CudaOptimizer, NumbersOnTheDeviceAreThoseOfTheHost) {
       }
     }
     on_device.set_gradients(counted);
-    OptimizerStep step = step_number(t);
+    OptimizerStep step = step_number(t, kind);
     lr.set(0, step.lr);
     step.lr = lr[0];  // as fp32
     step_list(cpu_views(list), kind, step);
@@ -188,7 +195,7 @@ TEST_P(CudaOptimizer, AGradientScaleOfAnySizeHasTheCpuBits) {
   for (Parameter& p : list) draw_gradient(p, 1, generator);
   on_device.set_gradients(list);
   HostTensor scale(DType::float32, {1}, {3.0});
-  OptimizerStep step = step_number(2);
+  OptimizerStep step = step_number(2, kind);
   step.grad_scale = scale.view();
   step_list(cpu_views(list), kind, step);
   step.grad_scale = on_cuda(scale.view());
@@ -203,7 +210,7 @@ TEST_P(CudaOptimizer, AStepThatFoundInfDoesNothing) {
     DeviceList on_device(list);
     for (const double found : {1.0, std::nan("")}) {
       HostTensor found_inf(DType::float32, {1}, {found});
-      OptimizerStep step = step_number(1);
+      OptimizerStep step = step_number(1, kind);
       step.found_inf = on_cuda(found_inf.view());
       step_list(on_device.views(), kind, step);
       EXPECT_TRUE(on_device.equals(list));
@@ -218,8 +225,8 @@ TEST_P(CudaOptimizer, ANaNGradientIsSeenWhereTheCpuShowsIt) {
     draw_gradient(list[0], t, generator);
     if (t == 1) list[0].grad.set(300, std::nan(""));
     on_device.set_gradients(list);
-    step_list(on_device.views(), kind, step_number(t));
-    step_list(cpu_views(list), kind, step_number(t));
+    step_list(on_device.views(), kind, step_number(t, kind));
+    step_list(cpu_views(list), kind, step_number(t, kind));
   }
   const auto* const param = on_device.views()[0][0].as<const float>();
   for (std::int64_t i = 0; i < 700; ++i) {
@@ -258,7 +265,7 @@ TEST_P(CudaOptimizer, AnOldDriverIsUnsupported) {
       message(kind.operation(),
               ": the NVIDIA driver is for CUDA 12.0, want 12.1 or newer: a launch carries 30 KB of "
               "parameters"),
-      [&] { step_list(on_device.views(), kind, step_number(1)); });
+      [&] { step_list(on_device.views(), kind, step_number(1, kind)); });
 }
 
 TEST_P(CudaOptimizer, StepsCanBeCapturedAndRunOnTheCallersStream) {
@@ -266,7 +273,7 @@ TEST_P(CudaOptimizer, StepsCanBeCapturedAndRunOnTheCallersStream) {
   DeviceList on_device(list);
   emulator::device().is_capturing = true;
   int memory = 0;
-  step_list(on_device.views(), kind, step_number(1), &memory);
+  step_list(on_device.views(), kind, step_number(1, kind), &memory);
   EXPECT_EQ(static_cast<void*>(emulator::device().stream), &memory);
   EXPECT_EQ(emulator::device().synchronize_count, 0);
 }
@@ -278,7 +285,7 @@ TEST_P(CudaOptimizer, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
   }
   DeviceList on_device(list);
   HostTensor lr(DType::float32, {1});
-  OptimizerStep step = step_number(1);
+  OptimizerStep step = step_number(1, kind);
   step.lr_tensor = on_cuda(lr.view());
   emulator::device().is_out_of_memory = true;
   EXPECT_THROW(step_list(on_device.views(), kind, step), OutOfMemory);
@@ -287,11 +294,12 @@ TEST_P(CudaOptimizer, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
 
 TEST_P(CudaOptimizer, AStepOfSeveralCallsTakesItsMemoryBeforeTheFirst) {
   // A device on which nothing has been loaded yet.
-  emulator::device().current = 18 + 2 * (kind.rule == OptimizerRule::lion) + kind.is_8bit;
+  emulator::device().current =
+      18 + 4 * kind.is_stochastic + 2 * (kind.rule == OptimizerRule::lion) + kind.is_8bit;
   std::vector<Parameter> list = make_list(true);
   for (Parameter& p : list) draw_gradient(p, 1, generator);
   DeviceList on_device(list);
-  const OptimizerStep step = step_number(1);
+  const OptimizerStep step = step_number(1, kind);
   const std::vector<OptimizerTensor> tensors = optimizer_tensors(on_device.views(), kind);
   const std::span<const OptimizerTensor> all(tensors);
 
@@ -315,7 +323,7 @@ TEST_P(CudaOptimizer, AStepOfSeveralCallsTakesItsMemoryBeforeTheFirst) {
 TEST_P(CudaOptimizer, ALaunchThatWasMadeWithoutStepCountsRefusesThem) {
   std::vector<Parameter> list = make_list(true);
   DeviceList on_device(list);
-  cuda::OptimizerLaunch launch(kind.rule, kind.is_8bit, step_number(1), false, nullptr);
+  cuda::OptimizerLaunch launch(kind.rule, kind.is_8bit, step_number(1, kind), false, nullptr);
   expect_invalid(message(kind.operation(),
                          ": step_count is present, want none in a launch that was made without"),
                  [&] { launch(optimizer_tensors(on_device.views(), kind)); });
@@ -329,8 +337,8 @@ TEST_P(CudaOptimizer, PiecesOfATensorInSeveralCallsAreOneStepOfIt) {
   for (std::int64_t t = 1; t <= 2; ++t) {
     for (Parameter& p : list) draw_gradient(p, t, generator);
     on_device.set_gradients(list);
-    step_list(cpu_views(list), kind, step_number(1));
-    cuda::OptimizerLaunch launch(kind.rule, kind.is_8bit, step_number(1), true, nullptr);
+    step_list(cpu_views(list), kind, step_number(1, kind));
+    cuda::OptimizerLaunch launch(kind.rule, kind.is_8bit, step_number(1, kind), true, nullptr);
     for (const OptimizerTensor& tensor : optimizer_tensors(on_device.views(), kind)) {
       const std::int64_t count = tensor.param.numel();
       for (std::int64_t begin = 0; begin == 0 || begin < count; begin += 512) {
@@ -348,7 +356,7 @@ TEST_P(CudaOptimizer, AFailedLaunchFreesItsMemory) {
   emulator::device().launch_error = cudaErrorIllegalAddress;
   expect_error<CudaError>(
       message(kind.operation(), ": cudaErrorIllegalAddress: as the emulator was told"),
-      [&] { step_list(on_device.views(), kind, step_number(1)); });
+      [&] { step_list(on_device.views(), kind, step_number(1, kind)); });
 }
 
 TEST_P(CudaOptimizer, AnAddressThatIsNoElementsIsRefusedByName) {
@@ -359,11 +367,58 @@ TEST_P(CudaOptimizer, AnAddressThatIsNoElementsIsRefusedByName) {
   expect_invalid(message(kind.operation(),
                          ": step_count is float32, but its memory begins 2 bytes past a multiple "
                          "of 4; pass step_count.clone()"),
-                 [&] { step_list(views, kind, step_number(1)); });
+                 [&] { step_list(views, kind, step_number(1, kind)); });
 }
 
-INSTANTIATE_TEST_SUITE_P(All, CudaOptimizer, every_step_kind,
-                         [](const auto& test) { return test.param.name(); });
+std::string kind_test_name(const testing::TestParamInfo<StepKind>& test) {
+  return test.param.name();
+}
+INSTANTIATE_TEST_SUITE_P(All, CudaOptimizer, step_kinds(false), kind_test_name);
+INSTANTIATE_TEST_SUITE_P(Stochastic, CudaOptimizer, step_kinds(true), kind_test_name);
+
+class CudaStochasticRounding : public CudaOptimizer {};
+
+TEST_P(CudaStochasticRounding, TheRandomBitsAreThoseOfTheParameterAndItsElements) {
+  std::vector<Parameter> list;
+  for (int i = 0; i < 3; ++i) {
+    list.push_back(make_parameter(kind, {.param = DType::bfloat16}, 5000, generator));
+    draw_gradient(list.back(), 1, generator);
+  }
+  DeviceList on_device(list);
+  std::vector<OptimizerTensor> expected = optimizer_tensors(cpu_views(list), kind);
+  std::vector<OptimizerTensor> actual = optimizer_tensors(on_device.views(), kind);
+  for (std::vector<OptimizerTensor>* tensors : {&expected, &actual}) {
+    (*tensors)[0].number = RoundingStream::max_number;
+    (*tensors)[0].first_element = (std::int64_t{1} << 42) - 4096;  // a carry out of 32 bits
+    (*tensors)[1].number = 0;
+    (*tensors)[2].first_element = 256;
+  }
+  OptimizerStep step = step_number(1, kind);
+  for (const std::uint64_t seed : {std::uint64_t{0}, ~std::uint64_t{0}}) {
+    step.rounding_seed = seed;
+    optimizer_step(kind.rule, actual, step, {});
+    optimizer_step(kind.rule, expected, step, {});
+    ASSERT_TRUE(on_device.equals(list)) << "seed " << seed;
+  }
+}
+
+TEST_P(CudaStochasticRounding, WhatIsNotANumberHasTheCpuBits) {
+  std::vector<Parameter> list = {make_parameter(kind, {.param = DType::bfloat16}, 700, generator)};
+  Parameter& p = list[0];
+  draw_gradient(p, 1, generator);
+  p.grad.set(300, std::nan(""));
+  p.param.set(8, std::numeric_limits<double>::infinity());
+  p.param.set(9, -std::numeric_limits<double>::infinity());
+  DeviceList on_device(list);
+  step_list(on_device.views(), kind, step_number(1, kind));
+  step_list(cpu_views(list), kind, step_number(1, kind));
+  const auto* const param = on_device.views()[0][0].as<const std::uint8_t>();
+  EXPECT_TRUE(std::equal(p.param.bytes().begin(), p.param.bytes().end(), param));
+  EXPECT_TRUE(std::isnan(p.param[300]));
+  EXPECT_TRUE(std::isinf(p.param[8]));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CudaStochasticRounding, step_kinds(true), kind_test_name);
 
 }  // namespace
 }  // namespace qlora
