@@ -117,8 +117,11 @@ class PagedOptimizer(torch.optim.Optimizer):
             self._lay_out(param for _, param in self._numbered() if param.requires_grad)
         self._is_built = True
 
-    def _lay_out(self, params: Iterable[Tensor]) -> None:
-        """Have a place for the parameters given, and for all that may be needed later."""
+    def _lay_out(self, params: Iterable[Tensor], *, keeps_state: bool = True) -> None:
+        """Have a place for the parameters given, and for all that may be needed later.
+
+        Their state moves there, unless it need not be kept; that of others does in any case.
+        """
         name, slots = type(self).__name__, self._pages.slots
         needed = {id(param): param for param in params}
         if all(i in slots and slots[i].fits(p, self._kind_of(p)) for i, p in needed.items()):
@@ -135,7 +138,8 @@ class PagedOptimizer(torch.optim.Optimizer):
                 if id(param) in needed:
                     raise
                 continue  # it may never have a gradient
-            if slot is not None and slot.holds(self.state.get(param)):
+            is_kept = keeps_state or id(param) not in needed
+            if is_kept and slot is not None and slot.holds(self.state.get(param)):
                 if not slot.fits(param, kind):
                     raise ValueError(
                         f"{name}: parameter {number} was {list(slot.shape)} on {slot.device} when "
@@ -216,6 +220,9 @@ class PagedOptimizer(torch.optim.Optimizer):
                 state = states.get(param)
                 if not slot.holds(state):
                     self._refuse_to_capture(param)
+                    if not slot.fits(param, self._kind_of(param)):
+                        self._lay_out([param])
+                        return self._gather()
                     if state:
                         self._adopt(slot, state)
                     else:
@@ -267,7 +274,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             for i, (param, state) in enumerate(pairs):
                 self._check_state(f"{type(self).__name__}: state of parameter {i}", param, state)
             # What is needed is taken before anything changes.
-            self._lay_out(param for param, _ in pairs)
+            self._lay_out((param for param, _ in pairs), keeps_state=False)
             loaded.extend(pairs)
             return {**final, "state": {}}
 
