@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from cuda_clock import Round
-from cuda_device import copies_past_l2
 from harness import copies_past_l3
 from optim_kinds import RATE, Kind, second_gradient
 
@@ -23,6 +22,12 @@ OURS_MAY_MISS = {
 }
 PEERS_MAY_MISS = (0.25, 0.02)  # only that a peer does the same work: some have state in bf16
 Check = Callable[[str, "Steps"], None]
+Copies = Callable[[Callable[[], "Steps"], int], "list[Steps]"]
+
+
+def one_copy(make: Callable[[], "Steps"], bytes_each: int) -> "list[Steps]":
+    """Of what is so small that its call is timed, and may stay in a cache."""
+    return [make()]
 
 
 class Problem:
@@ -35,11 +40,11 @@ class Problem:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         rate: float = RATE,
-        is_tiny: bool = False,
+        copies: Copies = copies_past_l3,
     ) -> None:
-        """`is_tiny`: what is timed is the call, and all of it may stay in a cache."""
+        """`copies` makes as many of a thing, of so many bytes, as a contender passes round."""
         self.kind, self.dtype, self.device, self.rate = kind, dtype, torch.device(device), rate
-        self.is_tiny = is_tiny
+        self.copies = copies
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(shape: tuple[int, ...]) -> Tensor:
@@ -60,14 +65,9 @@ class Problem:
         return int(self.kind.state_bytes * self.elements)
 
     def round_of(self, name: str, make: Make, check: Check | None = None) -> Round:
-        """A contender, checked, in as many copies as no cache holds; by default as a peer."""
+        """A contender, checked; by default as a peer."""
         bytes_each = 2 * self.dtype.itemsize * self.elements + self.state_bytes
-        if self.is_tiny:
-            copies = [Steps(self, make)]
-        elif self.device.type == "cuda":
-            copies = copies_past_l2(lambda: Steps(self, make), bytes_each, self.device)
-        else:
-            copies = copies_past_l3(lambda: Steps(self, make), bytes_each)
+        copies = self.copies(lambda: Steps(self, make), bytes_each)
         copies[0].take_two()
         (check or self.check_that_most_fit(PEERS_MAY_MISS))(name, copies[0])
         return Round(copies, lambda one: one())

@@ -6,12 +6,13 @@ from functools import partial
 import torch
 
 from cuda_clock import HOST, KERNELS
+from cuda_device import copies_past_l2
 from cuda_harness import CudaCase
 from cuda_peers import add_peer
 from goals import BNB, LORA_SET, TINY_SET
 from harness import OURS, Work
 from optim_kinds import ADAMW, Kind, torch_adamw
-from optim_steps import PEERS_MAY_MISS, Problem
+from optim_steps import PEERS_MAY_MISS, Problem, one_copy
 from rows_optim import YARDSTICK, stochastic_and_plain, tiny_set
 
 _TORCH = "torch fused, bf16 state"
@@ -51,7 +52,8 @@ def more_works(device: torch.device, shrink: int, kinds: tuple[Kind, ...]) -> It
 def _with_peers(
     kind: Kind, shapes: list[tuple], clock: str, device: torch.device, is_tiny: bool = False
 ) -> CudaCase:
-    problem = Problem(kind, shapes, torch.bfloat16, device, is_tiny=is_tiny)
+    copies = one_copy if is_tiny else partial(copies_past_l2, device=device)
+    problem = Problem(kind, shapes, torch.bfloat16, device, copies=copies)
     settings = {"min_8bit_size": 0} if is_tiny and kind.bits == 8 else {}
     ours = problem.round_of_ours(OURS, **settings)
     case = CudaCase({OURS: ours}, clock=clock, bytes_moved=problem.moved_bytes)
@@ -73,5 +75,6 @@ def _with_peers(
 
 
 def _stochastic(kind: Kind, elements: int, device: torch.device) -> CudaCase:
-    problem, rounds = stochastic_and_plain(kind, elements, device)
+    copies = partial(copies_past_l2, device=device)
+    problem, rounds = stochastic_and_plain(kind, elements, device, copies)
     return CudaCase(rounds, clock=KERNELS, bytes_moved=problem.moved_bytes)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cuda_clock import HOST
+from cuda_device import copies_past_l2
 from cuda_harness import CudaCase
 from cuda_peers import add_peer
 from goals import BNB, PREFETCH_LOOP
@@ -43,7 +44,8 @@ def _paged(
     kind: Kind, strategy: str, is_partly: bool, device: torch.device, folder: Path
 ) -> CudaCase:
     shapes = [(_ELEMENTS[device.type] // _TENSORS,)] * _TENSORS
-    problem = Problem(kind, shapes, torch.bfloat16, device)
+    copies = partial(copies_past_l2, device=device)
+    problem = Problem(kind, shapes, torch.bfloat16, device, copies=copies)
     page_bytes = _PAGE_BYTES[device.type]
     settings: dict[str, Any] = {"page_file": folder} if strategy == "file" else {"paging": strategy}
     settings["page_bytes"] = page_bytes

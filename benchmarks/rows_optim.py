@@ -8,9 +8,9 @@ import torch
 from cuda_clock import Round
 from cuda_peers import add_peer, bitsandbytes
 from goals import BNB, LORA_SET, ONE_TENSOR, TINY_SET, TORCH_FUSED, TORCH_FUSED_32
-from harness import OURS, Case, Work, in_turn
+from harness import OURS, Case, Work, copies_past_l3, in_turn
 from optim_kinds import ADAMW, KINDS, Kind, torch_adamw
-from optim_steps import PEERS_MAY_MISS, Make, Problem
+from optim_steps import PEERS_MAY_MISS, Copies, Make, Problem, one_copy
 
 YARDSTICK = "torch fused AdamW (yardstick)"  # torch has no Lion
 _ELEMENTS = 2**24
@@ -70,7 +70,7 @@ def _with_peers(kind: Kind, shapes: list[tuple[int, ...]]) -> Case:
 
 
 def _tiny(kind: Kind, shapes: list[tuple[int, ...]]) -> Case:
-    problem = Problem(kind, shapes, is_tiny=True)
+    problem = Problem(kind, shapes, copies=one_copy)
     settings = {"min_8bit_size": 0} if kind.bits == 8 else {}
     rounds = {OURS: problem.round_of_ours(OURS, **settings)}
     notes: list[str] = []
@@ -82,10 +82,10 @@ def _tiny(kind: Kind, shapes: list[tuple[int, ...]]) -> Case:
 
 
 def stochastic_and_plain(
-    kind: Kind, elements: int, device: torch.device
+    kind: Kind, elements: int, device: torch.device, copies: Copies
 ) -> tuple[Problem, dict[str, Round]]:
     """One tensor in bf16: ours with stochastic rounding, and without."""
-    problem = Problem(kind, [(elements,)], torch.bfloat16, device, rate=_SMALL_RATE)
+    problem = Problem(kind, [(elements,)], torch.bfloat16, device, _SMALL_RATE, copies)
     rounds = {
         OURS: problem.round_of_ours(
             OURS, problem.check_stochastic_rounding, stochastic_rounding=True
@@ -99,7 +99,7 @@ def stochastic_and_plain(
 
 
 def _stochastic(kind: Kind, elements: int) -> Case:
-    problem, rounds = stochastic_and_plain(kind, elements, torch.device("cpu"))
+    problem, rounds = stochastic_and_plain(kind, elements, torch.device("cpu"), copies_past_l3)
     return _case(problem, rounds, [])
 
 

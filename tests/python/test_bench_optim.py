@@ -243,7 +243,7 @@ def test_without_a_gpu_it_says_so_and_exits_with_2():
 @pytest.mark.slow
 def test_every_row_runs_and_is_right(tmp_path):
     path = tmp_path / "optim.json"
-    options = ("--shrink", "64", "--quick", "--seconds", "0.004", "--settle", "0")
+    options = ("--shrink", "64", "--quick", "--seconds", "0.004", "--settle", "0", "--threads", "1")
     state = ("--folder", str(tmp_path), "--no-limits", "--force", "--json", str(path))
     done = run(*options, *state)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -148,6 +148,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                     )
                 live.append(param)
             wanted.append((number, param, kind))
+        self._wait_for_copies()
         self._pages.lay_out(wanted, live)
         self._moved_before = []  # of pages that are no more
         for param in live:
@@ -275,6 +276,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 self._check_state(f"{type(self).__name__}: state of parameter {i}", param, state)
             # What is needed is taken before anything changes.
             self._lay_out((param for param, _ in pairs), keeps_state=False)
+            self._wait_for_copies()
             loaded.extend(pairs)
             return {**final, "state": {}}
 
@@ -302,7 +304,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         check_state(where, param, state, kind)
 
     def _wait_for_copies(self) -> None:
-        """For those to pinned memory, which the host is about to read."""
+        """For those to pinned memory, which the host is about to read or write."""
         for pages in self._pages.buffers:
             if pages.strategy == "pinned":
                 torch.cuda.current_stream(torch.device(pages.device)).synchronize()
