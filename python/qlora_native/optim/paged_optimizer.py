@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     _is_built = False
-    _rule: ClassVar[str]  # as the core calls it
+    _rule: ClassVar[Literal["adamw", "lion"]]
     _settings: ClassVar[tuple[str, ...]]  # that a group of this optimiser has
 
     def __init__(
@@ -206,7 +206,8 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _gather(self) -> tuple[list[Batch], list[Slot]]:
         """The parameters that have a gradient, and the places of those that have no state yet."""
         slots, states = self._pages.slots, self.state
-        batches, fresh = [], []
+        batches: list[Batch] = []
+        fresh: list[Slot] = []
         for group in self.param_groups:
             of_pages: dict[_core.PagedState, Batch] = {}
             for param in group["params"]:

@@ -1,6 +1,6 @@
 """The kinds of state that a parameter can have: what they hold, and which loaded state fits."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ BLOCK = 256  # elements of 8-bit state that share a scale
 class StateKind(NamedTuple):
     """Which rule steps a parameter, and how wide its moments are kept."""
 
-    rule: str  # "adamw" or "lion", as the core calls it
+    rule: Literal["adamw", "lion"]
     is_8bit: bool
 
     @property

@@ -37,10 +37,8 @@ class PagingOptions(NamedTuple):
             )
         for argument in ("page_bytes", "resident_bytes"):
             value = getattr(self, argument)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(
-                    f"{name}: {argument} is {value!r}, want a positive number of bytes"
-                )
+            if not isinstance(value, int) and not (value is None and argument == "resident_bytes"):
+                raise ValueError(f"{name}: {argument} is {value!r}, want a number of bytes")
 
 
 class Slot:
