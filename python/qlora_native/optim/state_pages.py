@@ -149,7 +149,7 @@ class StatePages:
                 kind.is_8bit,
                 elements,
                 page_bytes=options.page_bytes,
-                strategy=options.paging if device.type == "cuda" else "automatic",
+                strategy=options.paging,
                 resident_bytes=resident_bytes,
                 page_file=options.page_file,
             )
