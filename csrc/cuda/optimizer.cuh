@@ -1,16 +1,21 @@
-// The kernel of AdamW with 32-bit state, and the one that reads a step's numbers on the device.
-// optimizer.cu launches them; host tests run their bodies.
+// The kernels of the optimisers with 32-bit state, and those that read a step's numbers on the
+// device. optimizer.cu launches them; host tests run their bodies.
 //
-//   core/adamw_rule.h on every element of a list of tensors, in fp32, with one rounding of the
-//   parameter; the bits are those of cpu/scalar/optimizer.cpp
+//   a rule (core/adamw_rule.h, core/lion_rule.h) on every element of a list of tensors, in fp32,
+//   with one rounding of the parameter; the bits are those of cpu/scalar/optimizer.cpp
 //
-//   param, grad: fp32, bf16 or fp16, each its own; exp_avg, exp_avg_sq: fp32
+//   param, grad: fp32, bf16 or fp16, each its own; moments: fp32
 //   a thread block owns a chunk of 4096 elements (optimizer_chunks.h), a thread 4 quads of it
-//   28 bytes an element in fp32, 22 with a 16-bit parameter and gradient; no shared memory
+//   no shared memory
 //
-// A thread has a quad on its way, 48 to 64 bytes: 48 KB or more for the 1024 threads of an SM, where
-// HBM's latency wants some 30. The two divisions and the root, which are IEEE's, are half of the 60
-// instructions that an element takes; at HBM's speed an H200 has room for 150.
+//                       bytes an element           instructions, of which an H200 has room for 7 a
+//                  fp32    16-bit param and grad   byte at its memory's speed
+//     AdamW          28            22              55, half of them divisions and a root
+//     Lion           20            14              27
+//     both, with stochastic rounding               27 more
+//
+// A thread has a quad on its way, 32 to 64 bytes: 40 KB or more for the threads of an SM, where
+// HBM's latency wants some 30.
 #pragma once
 
 #include "cuda/optimizer_rounding.cuh"
@@ -19,7 +24,7 @@
 
 namespace qlora::cuda {
 
-// 64 registers a thread, and 48: Lion reads less, and so wants more threads.
+// 64 registers a thread; Lion, of which a thread reads less, gets more threads of 48.
 template <typename Rule>
 inline constexpr int optimizer_thread_blocks_per_multiprocessor = Rule::moment_count == 2 ? 4 : 5;
 

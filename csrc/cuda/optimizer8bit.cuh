@@ -1,16 +1,23 @@
-// The kernel of AdamW with 8-bit block-wise state. optimizer.cu launches it; host tests run its body.
+// The kernels of the optimisers with 8-bit block-wise state. optimizer.cu launches them; host tests
+// run their bodies.
 //
-//   blocks of 256 elements are decoded, stepped as in optimizer.cuh, and encoded again; the bits are
-//   those of cpu/scalar/optimizer.cpp
+//   blocks of 256 elements are decoded, stepped as in optimizer.cuh, and encoded again; the bits
+//   are those of cpu/scalar/optimizer.cpp
 //
-//   param, grad: fp32, bf16 or fp16, each its own; exp_avg, exp_avg_sq: uint8 codes; absmax: fp32
-//   a thread block takes chunks in turn (optimizer_chunks.h), a warp owns a block, a lane two quads of it
-//   16 bytes an element in fp32, 10 with a 16-bit parameter and gradient
-//   shared: 19 KB of tables, copied once by each thread block: the grid is what the GPU holds at once
+//   param, grad: fp32, bf16 or fp16, each its own; moments: uint8 codes; absmax: fp32
+//   a thread block takes chunks in turn (optimizer_chunks.h), a warp owns a block, a lane two quads
+//   of it
+//   shared: a table for each moment, 19 KB for two, copied once by each thread block: the grid is
+//   what the GPU holds at once
+//
+//                       bytes an element           instructions, of which an H200 has room for 7 a
+//                  fp32    16-bit param and grad   byte at its memory's speed
+//     AdamW          16            10              105
+//     Lion           14             8              61
+//     with stochastic rounding                     125, 74
 //
 // A code costs one look-up either way (format/dynamic_map_table.h), at random, so that lanes meet in
-// banks. An element takes some 105 instructions; at HBM's speed an H200 has room for 110 where it has
-// 16 bytes, and for 70 where it has 10: there it is instructions that bound the kernel.
+// banks. Where parameters and gradients have 16 bits it is instructions that bound the kernels.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +29,8 @@
 
 namespace qlora::cuda {
 
-// AdamW: 80 registers a thread, and 57 KB of shared memory. Lion: 64, or 80 with random numbers. With
-// one more the registers do not suffice.
+// AdamW: 80 registers a thread, and 57 KB of shared memory. Lion: 64, or 80 with random numbers.
+// With one more the registers do not suffice.
 template <typename Rule, bool is_stochastic>
 inline constexpr int optimizer8bit_thread_blocks_per_multiprocessor =
     Rule::moment_count == 2 || is_stochastic ? 3 : 4;

@@ -1,5 +1,5 @@
-// Stochastic rounding of bfloat16 parameters (core/stochastic_rounding.h) in the optimisers' kernels:
-// the random bits of a thread's quads, and the store that uses them.
+// Stochastic rounding of bfloat16 parameters (core/stochastic_rounding.h) in the optimisers'
+// kernels: the random bits of a thread's quads, and the store that uses them.
 #pragma once
 
 #include <bit>
@@ -15,7 +15,7 @@ struct RandomQuad {
   std::uint32_t words[2];
 };
 
-/// `from`, and the elements that it is of, from `element` of them on: a multiple of 8.
+/// The stream of what is left of its elements from `element` of them on, a multiple of 8.
 __device__ inline RoundingStream stream_from(const RoundingStream& from, std::int64_t element) {
   RoundingStream stream = from;
   stream.first_counter +=
@@ -31,8 +31,8 @@ __device__ inline RandomQuad random_quad(const RoundingStream& stream, int first
   return {{is_second ? words.word[2] : words.word[0], is_second ? words.word[3] : words.word[1]}};
 }
 
-/// Of a lane's quads of its warp's block, where the stream begins. Two lanes need the same counters:
-/// each asks for one of the two, and gives the other lane its half. The whole warp calls this.
+/// Of a lane's quads of its warp's block, where the stream begins. Two lanes need the same counters,
+/// so each computes one of the two, and gives the other lane its half. The whole warp calls this.
 __device__ inline void random_quads(const RoundingStream& block, int lane,
                                     RandomQuad (&quads)[quads_per_lane]) {
   static_assert(quads_per_lane == 2);

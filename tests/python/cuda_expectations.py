@@ -195,28 +195,34 @@ EXPECTATIONS = (
         "a thread a tensor: the step's numbers, in fp64",
     ),
     Expectation(
-        r"optimizer_kernel<AdamWRule.*>",
+        r"optimizer_kernel<AdamWRule, (true|false)>",
         4,
         (LOAD_16, STORE_16),
         "1024 threads, each with several accesses on their way, fill the bandwidth",
     ),
     Expectation(
-        r"optimizer_kernel<LionRule.*>",
+        r"optimizer_kernel<LionRule, (true|false)>",
         5,
         (LOAD_16, STORE_16),
         "as AdamW, with less to be read by each",
     ),
     Expectation(
-        r"optimizer8bit_kernel<AdamWRule.*>",
+        r"optimizer8bit_kernel<AdamWRule, (true|false)>",
         3,
         (LOAD_16, STORE_16),
         "two look-ups and two encodings an element: arithmetic counts as much as the memory",
     ),
     Expectation(
-        r"optimizer8bit_kernel<LionRule.*>",
+        r"optimizer8bit_kernel<LionRule, false>",
         4,
         (LOAD_16, STORE_16),
         "as AdamW, with one moment",
+    ),
+    Expectation(
+        r"optimizer8bit_kernel<LionRule, true>",
+        3,
+        (LOAD_16, STORE_16),
+        "as AdamW: random numbers take the registers that the second moment leaves",
     ),
 )
 

@@ -1,15 +1,10 @@
 // Optimisers' steps on the emulated device have the CPU's bits, whatever the list, and whether a
-// step's numbers are on the host or on the device. What all rules and kinds of state share is tested
-// with all.
-#include "cuda/optimizer.h"
-
+// step's numbers are on the host or on the device. What all rules and kinds of state share is
+// tested with all.
 #include <limits>
 
-#include "core/stochastic_rounding.h"
-#include "cuda/emulation/emulator.h"
-#include "cuda/optimizer_list.h"
+#include "cuda/optimizer_fixture.h"
 #include "cuda/optimizer_rules.cuh"
-#include "support/expect_error.h"
 
 namespace qlora {
 namespace {
@@ -90,34 +85,6 @@ INSTANTIATE_TEST_SUITE_P(Stochastic, CudaOptimizerDtypes,
                                           float_dtypes),
                          dtypes_test_name);
 
-/// A list of all dtypes that can be, with any rule and kind of state.
-class CudaOptimizer : public testing::TestWithParam<StepKind> {
- protected:
-  const StepKind kind = GetParam();
-  Generator generator{52};
-
-  void SetUp() override { emulator::device() = {}; }
-  void TearDown() override { EXPECT_EQ(emulator::device().live_allocations, 0); }
-
-  std::vector<Parameter> make_list(bool has_step_count = false) {
-    std::vector<Parameter> list;
-    for (const DType param : {DType::float32, DType::bfloat16, DType::float16}) {
-      if (kind.is_stochastic && param == DType::float16) continue;
-      for (const std::int64_t size : {700, 0, 4097}) {
-        list.push_back(make_parameter(
-            kind, {.param = param, .grad = DType::bfloat16, .has_step_count = has_step_count}, size,
-            generator));
-      }
-    }
-    return list;
-  }
-};
-
-TEST_P(CudaOptimizer, AListOfAllDtypesIsOneLaunch) {
-  expect_the_cpu_bits(make_list(), kind, 1, generator);
-  EXPECT_EQ(emulator::device().launch_count, 1);
-}
-
 TEST_P(CudaOptimizer, TheOrderOfTheThreadsDoesNotMatterNorTheSizeOfTheGrid) {
   emulator::device().max_thread_blocks = 1;
   for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
@@ -125,22 +92,6 @@ TEST_P(CudaOptimizer, TheOrderOfTheThreadsDoesNotMatterNorTheSizeOfTheGrid) {
     expect_the_cpu_bits(make_list(), kind, 2, generator);
     expect_the_cpu_bits(make_list(true), kind, 1, generator);
   }
-}
-
-TEST_P(CudaOptimizer, AListOfMoreTensorsThanALaunchTakesIsSeveral) {
-  std::vector<Parameter> list;
-  for (int i = 0; i < 500; ++i) {
-    list.push_back(make_parameter(kind, {.param = DType::bfloat16}, i % 7 * 3, generator));
-  }
-  expect_the_cpu_bits(list, kind, 1, generator);
-  EXPECT_EQ(emulator::device().launch_count, 2);
-}
-
-TEST_P(CudaOptimizer, NothingIsLaunchedForEmptyTensors) {
-  std::vector<Parameter> list;
-  for (int i = 0; i < 3; ++i) list.push_back(make_parameter(kind, {}, 0, generator));
-  expect_the_cpu_bits(list, kind, 1, generator);
-  EXPECT_EQ(emulator::device().launch_count, 0);
 }
 
 TEST_P(CudaOptimizer, NumbersOnTheDeviceAreThoseOfTheHost) {
@@ -257,168 +208,8 @@ TEST(CudaLion, AStepOfNothingIsNone) {
   EXPECT_EQ(p.param.bytes(), before);
 }
 
-TEST_P(CudaOptimizer, AnOldDriverIsUnsupported) {
-  std::vector<Parameter> list = {make_parameter(kind, {}, 700, generator)};
-  DeviceList on_device(list);
-  emulator::device().driver_version = 12000;
-  expect_error<Unsupported>(
-      message(kind.operation(),
-              ": the NVIDIA driver is for CUDA 12.0, want 12.1 or newer: a launch carries 30 KB of "
-              "parameters"),
-      [&] { step_list(on_device.views(), kind, step_number(1, kind)); });
-}
-
-TEST_P(CudaOptimizer, StepsCanBeCapturedAndRunOnTheCallersStream) {
-  std::vector<Parameter> list = make_list(true);
-  DeviceList on_device(list);
-  emulator::device().is_capturing = true;
-  int memory = 0;
-  step_list(on_device.views(), kind, step_number(1, kind), &memory);
-  EXPECT_EQ(static_cast<void*>(emulator::device().stream), &memory);
-  EXPECT_EQ(emulator::device().synchronize_count, 0);
-}
-
-TEST_P(CudaOptimizer, WithoutMemoryNothingIsQueuedOfAnyLaunch) {
-  std::vector<Parameter> list;
-  for (int i = 0; i < 500; ++i) {
-    list.push_back(make_parameter(kind, {}, 3, generator));
-  }
-  DeviceList on_device(list);
-  HostTensor lr(DType::float32, {1});
-  OptimizerStep step = step_number(1, kind);
-  step.lr_tensor = on_cuda(lr.view());
-  emulator::device().is_out_of_memory = true;
-  EXPECT_THROW(step_list(on_device.views(), kind, step), OutOfMemory);
-  EXPECT_EQ(emulator::device().launch_count, 0);
-}
-
-TEST_P(CudaOptimizer, AStepOfSeveralCallsTakesItsMemoryBeforeTheFirst) {
-  // A device on which nothing has been loaded yet.
-  emulator::device().current =
-      18 + 4 * kind.is_stochastic + 2 * (kind.rule == OptimizerRule::lion) + kind.is_8bit;
-  std::vector<Parameter> list = make_list(true);
-  for (Parameter& p : list) draw_gradient(p, 1, generator);
-  DeviceList on_device(list);
-  const OptimizerStep step = step_number(1, kind);
-  const std::vector<OptimizerTensor> tensors = optimizer_tensors(on_device.views(), kind);
-  const std::span<const OptimizerTensor> all(tensors);
-
-  const auto make_launch = [&] {
-    return cuda::OptimizerLaunch(kind.rule, kind.is_8bit, step, true, nullptr);
-  };
-  emulator::device().is_out_of_memory = true;
-  expect_error<OutOfMemory>(
-      message(kind.operation(),
-              ": loading a kernel: cudaErrorMemoryAllocation: ", "as the emulator was told"),
-      make_launch);
-  emulator::device().is_out_of_memory = false;
-  auto launch = make_launch();
-  emulator::device().is_out_of_memory = true;
-  launch(all.first(4));
-  launch(all.subspan(4));
-  step_list(cpu_views(list), kind, step);
-  EXPECT_TRUE(on_device.equals(list));
-}
-
-TEST_P(CudaOptimizer, ALaunchThatWasMadeWithoutStepCountsRefusesThem) {
-  std::vector<Parameter> list = make_list(true);
-  DeviceList on_device(list);
-  cuda::OptimizerLaunch launch(kind.rule, kind.is_8bit, step_number(1, kind), false, nullptr);
-  expect_invalid(message(kind.operation(),
-                         ": step_count is present, want none in a launch that was made without"),
-                 [&] { launch(optimizer_tensors(on_device.views(), kind)); });
-  EXPECT_EQ(emulator::device().launch_count, 0);
-}
-
-TEST_P(CudaOptimizer, PiecesOfATensorInSeveralCallsAreOneStepOfIt) {
-  // As a walk over pages has it: the last piece counts the step.
-  std::vector<Parameter> list = make_list(true);
-  DeviceList on_device(list);
-  for (std::int64_t t = 1; t <= 2; ++t) {
-    for (Parameter& p : list) draw_gradient(p, t, generator);
-    on_device.set_gradients(list);
-    step_list(cpu_views(list), kind, step_number(1, kind));
-    cuda::OptimizerLaunch launch(kind.rule, kind.is_8bit, step_number(1, kind), true, nullptr);
-    for (const OptimizerTensor& tensor : optimizer_tensors(on_device.views(), kind)) {
-      const std::int64_t count = tensor.param.numel();
-      for (std::int64_t begin = 0; begin == 0 || begin < count; begin += 512) {
-        const OptimizerTensor piece = piece_of(tensor, begin, std::min(begin + 512, count));
-        launch({&piece, 1});
-      }
-    }
-    ASSERT_TRUE(on_device.equals(list)) << "step " << t;
-  }
-}
-
-TEST_P(CudaOptimizer, AFailedLaunchFreesItsMemory) {
-  std::vector<Parameter> list = make_list(true);
-  DeviceList on_device(list);
-  emulator::device().launch_error = cudaErrorIllegalAddress;
-  expect_error<CudaError>(
-      message(kind.operation(), ": cudaErrorIllegalAddress: as the emulator was told"),
-      [&] { step_list(on_device.views(), kind, step_number(1, kind)); });
-}
-
-TEST_P(CudaOptimizer, AnAddressThatIsNoElementsIsRefusedByName) {
-  std::vector<Parameter> list = make_list(true);
-  DeviceList on_device(list);
-  std::vector<Views> views = on_device.views();
-  views[2][6].data = views[2][6].as<std::uint8_t>() + 2;
-  expect_invalid(message(kind.operation(),
-                         ": step_count is float32, but its memory begins 2 bytes past a multiple "
-                         "of 4; pass step_count.clone()"),
-                 [&] { step_list(views, kind, step_number(1, kind)); });
-}
-
-std::string kind_test_name(const testing::TestParamInfo<StepKind>& test) {
-  return test.param.name();
-}
 INSTANTIATE_TEST_SUITE_P(All, CudaOptimizer, step_kinds(false), kind_test_name);
 INSTANTIATE_TEST_SUITE_P(Stochastic, CudaOptimizer, step_kinds(true), kind_test_name);
-
-class CudaStochasticRounding : public CudaOptimizer {};
-
-TEST_P(CudaStochasticRounding, TheRandomBitsAreThoseOfTheParameterAndItsElements) {
-  std::vector<Parameter> list;
-  for (int i = 0; i < 3; ++i) {
-    list.push_back(make_parameter(kind, {.param = DType::bfloat16}, 5000, generator));
-    draw_gradient(list.back(), 1, generator);
-  }
-  DeviceList on_device(list);
-  std::vector<OptimizerTensor> expected = optimizer_tensors(cpu_views(list), kind);
-  std::vector<OptimizerTensor> actual = optimizer_tensors(on_device.views(), kind);
-  for (std::vector<OptimizerTensor>* tensors : {&expected, &actual}) {
-    (*tensors)[0].number = RoundingStream::max_number;
-    (*tensors)[0].first_element = (std::int64_t{1} << 42) - 4096;  // a carry out of 32 bits
-    (*tensors)[1].number = 0;
-    (*tensors)[2].first_element = 256;
-  }
-  OptimizerStep step = step_number(1, kind);
-  for (const std::uint64_t seed : {std::uint64_t{0}, ~std::uint64_t{0}}) {
-    step.rounding_seed = seed;
-    optimizer_step(kind.rule, actual, step, {});
-    optimizer_step(kind.rule, expected, step, {});
-    ASSERT_TRUE(on_device.equals(list)) << "seed " << seed;
-  }
-}
-
-TEST_P(CudaStochasticRounding, WhatIsNotANumberHasTheCpuBits) {
-  std::vector<Parameter> list = {make_parameter(kind, {.param = DType::bfloat16}, 700, generator)};
-  Parameter& p = list[0];
-  draw_gradient(p, 1, generator);
-  p.grad.set(300, std::nan(""));
-  p.param.set(8, std::numeric_limits<double>::infinity());
-  p.param.set(9, -std::numeric_limits<double>::infinity());
-  DeviceList on_device(list);
-  step_list(on_device.views(), kind, step_number(1, kind));
-  step_list(cpu_views(list), kind, step_number(1, kind));
-  const auto* const param = on_device.views()[0][0].as<const std::uint8_t>();
-  EXPECT_TRUE(std::equal(p.param.bytes().begin(), p.param.bytes().end(), param));
-  EXPECT_TRUE(std::isnan(p.param[300]));
-  EXPECT_TRUE(std::isinf(p.param[8]));
-}
-
-INSTANTIATE_TEST_SUITE_P(All, CudaStochasticRounding, step_kinds(true), kind_test_name);
 
 }  // namespace
 }  // namespace qlora
