@@ -273,12 +273,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(type(self).__name__, self._settings, self.param_groups, final)
             pairs = pair_with_parameters(self.param_groups, final)
-            for i, (param, state) in enumerate(pairs):
+            for i, param, state in pairs:
                 self._check_state(f"{type(self).__name__}: state of parameter {i}", param, state)
             # What is needed is taken before anything changes.
-            self._lay_out((param for param, _ in pairs), keeps_state=False)
+            self._lay_out((param for _, param, _ in pairs), keeps_state=False)
             self._wait_for_copies()
-            loaded.extend(pairs)
+            loaded.extend((param, state) for _, param, state in pairs)
             return {**final, "state": {}}
 
         def put(_: torch.optim.Optimizer) -> None:

@@ -27,12 +27,13 @@ def with_own_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def pair_with_parameters(
     param_groups: list[dict[str, Any]], state_dict: dict[str, Any]
-) -> list[tuple[Tensor, dict[str, Any]]]:
-    """The parameters, in order, that `state_dict` has a state for, each with it."""
+) -> list[tuple[int, Tensor, dict[str, Any]]]:
+    """The parameters that `state_dict` has a state for: their numbers, and each with its state."""
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [param for group in param_groups for param in group["params"]]
     states = state_dict["state"]
-    return [(param, states[i]) for i, param in zip(ids, params, strict=True) if states.get(i)]
+    pairs = enumerate(zip(ids, params, strict=True))
+    return [(number, param, states[i]) for number, (i, param) in pairs if states.get(i)]
 
 
 def check_state_dict(

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from qlora_native import PagedAdamW, PagedAdamW8bit, _core, nf4_dequantize, nf4_quantize, ops
+from qlora_native import (
+    PagedAdamW,
+    PagedAdamW8bit,
+    PagedLion,
+    PagedLion8bit,
+    _core,
+    nf4_dequantize,
+    nf4_quantize,
+    ops,
+)
 from qlora_native.ops.storage import run_core
 
 OPERATIONS = (
@@ -15,8 +24,6 @@ OPERATIONS = (
     "lora_forward",
     "lora_backward",
     "dropout",
-    "adamw_step",
-    "adamw8bit_step",
 )
 
 
@@ -117,7 +124,34 @@ def test_every_operation_is_called_so(torch_cuda, monkeypatch):
     a, b = torch.randn(4, 64, requires_grad=True), torch.randn(8, 4, requires_grad=True)
     seed = torch.tensor([5])
     ops.lora_linear(x, stored, None, a, b, 2.0, 0.5, seed).sum().backward()
-    for optimizer in (PagedAdamW([a]), PagedAdamW8bit([b], min_8bit_size=1)):
-        optimizer.step()
     assert [name for name, operation in failing.items() if operation.calls < 2] == []
     assert torch_cuda.emptied == len(OPERATIONS)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_step_of_an_optimiser_is_called_so(torch_cuda, monkeypatch, failures):
+    """Once more, without having counted; and what fails twice has left no state."""
+    steps = []
+
+    class Step:
+        def __init__(self, *arguments, **options):
+            self.run = Failing(step_of_core(*arguments, **options).run, failures)
+            steps.append(self.run)
+
+    step_of_core = _core.PagedStep
+    monkeypatch.setattr(_core, "PagedStep", Step)
+    for optimizer_class in (PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit):
+        p = torch.nn.Parameter(torch.ones(5000))
+        p.grad = torch.ones(5000)
+        optimizer = optimizer_class([p], lr=0.5)
+        if failures == 1:
+            optimizer.step()
+            assert optimizer.state[p]["step"] == 1
+            assert (p < 0.6).all()
+        else:
+            with pytest.raises(torch.OutOfMemoryError, match="failure 2"):
+                optimizer.step()
+            assert not optimizer.state
+            assert (p == 1).all()
+    assert [run.calls for run in steps] == [2] * 4
+    assert torch_cuda.emptied == 4

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_bitsandbytes_state import flat
+from bitsandbytes_runs import flat, import_or_skip
 from torch import Tensor, nn
 
 from qlora_native.optim.bitsandbytes_state import (
@@ -12,13 +12,11 @@ from qlora_native.optim.bitsandbytes_state import (
     from_bitsandbytes,
     is_bitsandbytes_state,
 )
-from support import import_bitsandbytes
 
 
 @pytest.fixture(scope="module")
 def bnb():
-    with import_bitsandbytes():
-        return pytest.importorskip("bitsandbytes")
+    return import_or_skip()
 
 
 def refused(state_dict: dict, message: str) -> None:

@@ -1,27 +1,25 @@
 """bitsandbytes' optimiser state, converted: the same numbers and the same next step."""
 
 import copy
-import io
 import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from bitsandbytes_runs import WRAPPED, flat, import_or_skip, train_with
+from optimizers import BLOCK, decode, saved_and_loaded
+from torch import nn
 
-from qlora_native import PagedAdamW, PagedAdamW8bit
+from qlora_native import PagedAdamW
 from qlora_native.optim.bitsandbytes_state import (
     dynamic_map,
     from_bitsandbytes,
     is_bitsandbytes_state,
 )
-from support import FP32_ROUNDOFF, Model, import_bitsandbytes, run_python, same_bits
+from support import run_python, same_bits
 
-BLOCK = 256
-WRAPPED = "__bnb_optimizer_quant_state__"
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 ADAMW = ["Adam", "AdamW", "AdamW32bit", "PagedAdam", "PagedAdamW", "PagedAdamW32bit"]
@@ -32,66 +30,12 @@ LION_8BIT = ["Lion8bit", "PagedLion8bit"]
 
 @pytest.fixture(scope="module")
 def bnb():
-    with import_bitsandbytes():
-        return pytest.importorskip("bitsandbytes")
-
-
-def set_gradients(model: nn.Module, seed: int) -> None:
-    """Those of a loss; the embedding, which is frozen, has none."""
-    tokens = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(seed))
-    model.zero_grad()
-    nn.functional.cross_entropy(
-        model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-    ).backward()
-
-
-def groups_of(model: nn.Module, **options) -> list[dict]:
-    """Two groups with other settings, and a parameter among them that is never stepped."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [
-        {"params": matrices, **options},
-        {"params": vectors, **options, "weight_decay": 0.0, "lr": 3e-3, "betas": (0.8, 0.95)},
-    ]
+    return import_or_skip()
 
 
 @pytest.fixture
 def train(bnb):
-    """A small model (its width: blocks that are not full) after steps by one of bitsandbytes."""
-
-    def run(name: str, steps: int = 3, dtype: torch.dtype = torch.float32, **options):
-        model = Model(width=65, blocks=2).to(dtype)
-        model.embed.weight.requires_grad_(False)
-        options = {"lr": 1e-2, "weight_decay": 0.1, **options}
-        optimizer = getattr(bnb.optim, name)(groups_of(model, **options))
-        with import_bitsandbytes():  # quiet: a paged one warns that on a CPU it is not
-            for step in range(steps):
-                set_gradients(model, step)
-                optimizer.step()
-        return SimpleNamespace(model=model, optimizer=optimizer)
-
-    return run
-
-
-def flat(state_dict: dict) -> dict:
-    """As versions before FSDP was thought of wrote it."""
-    states = {i: {**s, **s[WRAPPED]} for i, s in state_dict["state"].items()}
-    for state in states.values():
-        del state[WRAPPED]
-    return {**state_dict, "state": states}
-
-
-def saved_and_loaded(state_dict: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def decode(state: dict[str, Tensor], moment: str) -> Tensor:
-    codes = state[moment]
-    absmax = state[f"{moment}_absmax"].repeat_interleave(BLOCK)[: codes.numel()]
-    return dynamic_map(moment == "exp_avg")[codes.flatten().long()].mul(absmax).view(codes.shape)
+    return lambda *arguments, **options: train_with(bnb, *arguments, **options)
 
 
 def same_state_dicts(a: dict, b: dict) -> bool:
@@ -260,85 +204,3 @@ def test_state_of_others_is_known_for_what_it_is(bnb):
                 from_bitsandbytes(optimizer.state_dict())
             optimizer.step()
     assert not is_bitsandbytes_state({"state": {}, "param_groups": []})
-
-
-# ---- going on from it
-
-
-def go_on(run: SimpleNamespace, optimizer_class) -> tuple[SimpleNamespace, list[Tensor]]:
-    """A next step by this library, beside bitsandbytes'; returns the parameters before it too."""
-    set_gradients(run.model, seed=3)
-    model = copy.deepcopy(run.model)
-    before = [p.detach().clone() for p in model.parameters()]
-    for p, q in zip(model.parameters(), run.model.parameters(), strict=True):
-        p.grad = None if q.grad is None else q.grad.clone()
-    optimizer = optimizer_class(groups_of(model))
-    optimizer.load_state_dict(from_bitsandbytes(saved_and_loaded(run.optimizer.state_dict())))
-    optimizer.step()
-    with import_bitsandbytes():
-        run.optimizer.step()
-    return SimpleNamespace(model=model, optimizer=optimizer), before
-
-
-def check_parameters(ours: nn.Module, theirs: nn.Module, before: list[Tensor], lr: float) -> None:
-    """Within a few roundings of the terms of the step, and one to the parameter's dtype."""
-    moved = 0
-    for p, q, start in zip(ours.parameters(), theirs.parameters(), before, strict=True):
-        step = (q - start).float().abs()
-        moved += int(step.any())
-        allowed = 8 * FP32_ROUNDOFF * (start.float().abs() + step) + 64 * FP32_ROUNDOFF * lr
-        if p.dtype != torch.float32:
-            allowed += torch.finfo(p.dtype).eps * q.float().abs()
-        assert ((p - q).float().abs() <= allowed).all()
-    assert moved == len(before) - 1
-
-
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "PagedAdamW32bit"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_next_step_in_32_bits_is_that_of_bitsandbytes(train, name, dtype):
-    run = train(name, dtype=dtype)
-    ours, before = go_on(run, PagedAdamW)
-    check_parameters(ours.model, run.model, before, lr=1e-2)
-    for p, q in zip(ours.model.parameters(), run.model.parameters(), strict=True):
-        if q.grad is None:
-            continue
-        state, theirs = ours.optimizer.state[p], run.optimizer.state[q]
-        assert state["step"] == theirs["step"] == 4
-        g = q.grad.float().abs()
-        for moment, n, term in (("exp_avg", 1, g), ("exp_avg_sq", 2, g * g)):
-            allowed = 4 * FP32_ROUNDOFF * (theirs[f"state{n}"].abs() + term)
-            assert ((state[moment] - theirs[f"state{n}"]).abs() <= allowed).all()
-
-
-@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "PagedAdamW8bit"])
-def test_the_next_step_in_8_bits_is_that_of_bitsandbytes(train, name):
-    run = train(name)
-    ours, before = go_on(run, PagedAdamW8bit)
-    check_parameters(ours.model, run.model, before, lr=1e-2)
-    theirs = from_bitsandbytes(run.optimizer.state_dict())["state"]
-    params = [p for group in ours.optimizer.param_groups for p in group["params"]]
-    count = 0
-    for i, expected in theirs.items():
-        state = ours.optimizer.state[params[i]]
-        if params[i].numel() < 4096:
-            continue
-        count += 1
-        assert state["step"] == expected["step"] == 4
-        for moment in ("exp_avg", "exp_avg_sq"):
-            absmax = expected[f"{moment}_absmax"]
-            torch.testing.assert_close(state[f"{moment}_absmax"], absmax, rtol=1e-6, atol=0)
-            apart = (state[moment].int() - expected[moment].int()).abs()
-            assert apart.max() <= 1
-            assert (apart > 0).float().mean() < 0.01  # it looks codes up in a table of bins
-    assert count == 4
-
-
-def test_a_converted_state_of_the_other_width_is_refused_when_it_is_loaded(train):
-    for name, optimizer_class in (("AdamW8bit", PagedAdamW), ("AdamW", PagedAdamW8bit)):
-        run = train(name)
-        optimizer = optimizer_class(groups_of(run.model))
-        with pytest.raises(ValueError, match="absmax"):
-            optimizer.load_state_dict(from_bitsandbytes(run.optimizer.state_dict()))
-    lion = from_bitsandbytes(train("Lion").optimizer.state_dict())
-    with pytest.raises(ValueError, match="has no eps"):
-        PagedAdamW(groups_of(run.model)).load_state_dict(lion)
