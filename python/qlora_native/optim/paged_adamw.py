@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from qlora_native.optim.paged_optimizer import PAGE_BYTES, PagedOptimizer
+from qlora_native.optim.state_kind import Rule
 
 
 class PagedAdamW(PagedOptimizer):
@@ -51,7 +52,7 @@ class PagedAdamW(PagedOptimizer):
         OSError: the page file cannot be made, or the disk has no room.
     """
 
-    _rule = "adamw"
+    _rule: ClassVar[Rule] = "adamw"
     _settings = ("lr", "betas", "eps", "weight_decay", "maximize")
 
     def __init__(

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from qlora_native.optim.paged_optimizer import PAGE_BYTES, PagedOptimizer
+from qlora_native.optim.state_kind import Rule
 
 
 class PagedLion(PagedOptimizer):
@@ -38,7 +39,7 @@ class PagedLion(PagedOptimizer):
         ValueError, OSError: as PagedAdamW.
     """
 
-    _rule = "lion"
+    _rule: ClassVar[Rule] = "lion"
     _settings = ("lr", "betas", "weight_decay", "maximize")
 
     def __init__(

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from qlora_native.optim.groups import check_group, complete_group
 from qlora_native.optim.paging_report import PagingReport, report_of
 from qlora_native.optim.shards import check_shards
 from qlora_native.optim.state_dicts import check_state_dict, pair_with_parameters, with_own_steps
-from qlora_native.optim.state_kind import StateKind, check_state
+from qlora_native.optim.state_kind import Rule, StateKind, check_state
 from qlora_native.optim.state_pages import PagingOptions, Slot, StatePages
 from qlora_native.optim.step import Batch, Scaling, make_calls, prepare_calls, run_calls
 from qlora_native.sharding import is_sharded
@@ -55,7 +55,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     _is_built = False
-    _rule: ClassVar[Literal["adamw", "lion"]]
+    _rule: ClassVar[Rule]
     _settings: ClassVar[tuple[str, ...]]  # that a group of this optimiser has
 
     def __init__(

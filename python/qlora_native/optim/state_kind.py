@@ -9,11 +9,13 @@ from qlora_native.sharding import describe, is_sharded
 
 BLOCK = 256  # elements of 8-bit state that share a scale
 
+Rule = Literal["adamw", "lion"]  # as the core calls it
+
 
 class StateKind(NamedTuple):
     """Which rule steps a parameter, and how wide its moments are kept."""
 
-    rule: Literal["adamw", "lion"]
+    rule: Rule
     is_8bit: bool
 
     @property

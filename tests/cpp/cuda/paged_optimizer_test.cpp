@@ -37,6 +37,8 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+constexpr StepKind adamw_stochastic{.is_stochastic = true};
+
 struct Settings {
   StepKind kind;
   PagingStrategy strategy;
@@ -67,7 +69,11 @@ class PagedList {
     std::int64_t element = 0;
     for (const Views& views : on_device_.views()) {
       tensors_.push_back(
-          {.param = views[0], .grad = views[1], .step_count = views[6], .first_element = element});
+          {.param = views[0],
+           .grad = views[1],
+           .step_count = views[6],
+           .first_element = element,
+           .number = 1000 + static_cast<std::int64_t>(tensors_.size())});  // as step_list's
       element += ceil_divide(views[0].numel(), state_block_size) * state_block_size;
     }
     PagedStateOptions options{.elements = std::max(element, tensors_.back().first_element + 1),
@@ -86,9 +92,11 @@ class PagedList {
 
   /// Queues the step.
   void step(std::int64_t t, cudaStream_t stream) {
-    paged_optimizer_step(*state_, tensors_, step_number(t), {.stream = stream});
+    paged_optimizer_step(*state_, tensors_, step_number(t, settings_.kind), {.stream = stream});
   }
-  void step_on_cpu(std::int64_t t) { step_list(cpu_views(list_), settings_.kind, step_number(t)); }
+  void step_on_cpu(std::int64_t t) {
+    step_list(cpu_views(list_), settings_.kind, step_number(t, settings_.kind));
+  }
 
   /// Compares all bytes with the CPU's, when the device is done.
   testing::AssertionResult equals_cpu() {
@@ -370,6 +378,9 @@ INSTANTIATE_TEST_SUITE_P(All, CudaPagedOptimizer,
                                          Settings{StepKind{}, PagingStrategy::managed, 8},
                                          Settings{StepKind{}, PagingStrategy::pinned, {}},
                                          Settings{StepKind{}, PagingStrategy::pinned, 2},
+                                         Settings{adamw_stochastic, PagingStrategy::managed, {}},
+                                         Settings{adamw_stochastic, PagingStrategy::managed, 3},
+                                         Settings{adamw_stochastic, PagingStrategy::pinned, 2},
                                          Settings{lion_32bit, PagingStrategy::managed, {}},
                                          Settings{lion_32bit, PagingStrategy::managed, 3},
                                          Settings{lion_32bit, PagingStrategy::pinned, {}},

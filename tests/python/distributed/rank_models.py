@@ -10,12 +10,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from qlora_native import PagedAdamW, add_lora, quantize_model
+from qlora_native import (
+    PagedAdamW,
+    PagedAdamW8bit,
+    PagedLion,
+    PagedLion8bit,
+    add_lora,
+    quantize_model,
+)
 from qlora_native.nn.wrapping import plain_name, unwrapped
 from support import Model, same_bits
 
 TOKENS = torch.arange(21).view(3, 7)
 LR = 1e-2
+IN_8_BITS = (PagedAdamW8bit, PagedLion8bit)
+OPTIMIZERS = (PagedAdamW, PagedLion, *IN_8_BITS)
+WHOLE_BLOCKS = 128  # a width at which two ranks' shards are whole blocks of 8-bit state
 
 
 def make_model(width: int = 32, **options: Any) -> nn.Module:
@@ -44,8 +54,13 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def optimizer_of(model: nn.Module, **options: Any) -> PagedAdamW:
-    return PagedAdamW(trained(model).values(), **{"lr": LR, **options})
+def optimizer_of(
+    model: nn.Module, optimizer_class: type = PagedAdamW, **options: Any
+) -> torch.optim.Optimizer:
+    """All of an 8-bit optimiser's state is in 8 bits."""
+    if optimizer_class in IN_8_BITS:
+        options = {"min_8bit_size": 1, **options}
+    return optimizer_class(trained(model).values(), **{"lr": LR, **options})
 
 
 def loss_of(y: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_models import (
+    OPTIMIZERS,
     TOKENS,
+    WHOLE_BLOCKS,
     assert_same_parameters,
     loss_of,
     make_model,
@@ -16,6 +18,7 @@ from rank_models import (
 )
 from safetensors.torch import load_file
 
+from qlora_native import PagedAdamW
 from qlora_native.hf import save_lora
 from support import same_bits
 
@@ -53,18 +56,18 @@ def step(accelerator, model, optimizer, tokens: torch.Tensor) -> None:
     optimizer.zero_grad()
 
 
-def train_and_resume(folder: str, kind: str) -> None:
+def train_and_resume(folder: str, kind: str, optimizer_class: type = PagedAdamW) -> None:
     from accelerate import state
 
-    single = make_model()
-    expected_optimizer = optimizer_of(single)
+    single = make_model(WHOLE_BLOCKS)
+    expected_optimizer = optimizer_of(single, optimizer_class)
     accelerator = make_accelerator(kind)
-    model = make_model()
+    model = make_model(WHOLE_BLOCKS)
     if kind == "from-rank-0" and dist.get_rank() == 1:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    model, optimizer = accelerator.prepare(model, optimizer_of(model, optimizer_class))
     assert ("FSDP" in type(model).__name__) == (kind != "ddp")
     own = [of_ranks[dist.get_rank()] for of_ranks in BATCHES]
 
@@ -100,3 +103,14 @@ def test_a_prepared_model_trains_resumes_and_saves(request, ranks, tmp_path, kin
     if kind != "ddp":
         request.getfixturevalue("sharding_ranks")
     ranks.run(train_and_resume, str(tmp_path), kind)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded", "full"])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS[1:])
+def test_each_optimiser_steps_the_parameters_that_take_the_place_of_its_own(
+    request, ranks, tmp_path, kind, optimizer_class
+):
+    """Sharding makes others after the optimiser was made."""
+    if kind != "ddp":
+        request.getfixturevalue("sharding_ranks")
+    ranks.run(train_and_resume, str(tmp_path), kind, optimizer_class)

@@ -1,11 +1,13 @@
-"""PagedAdamW of sharded parameters: its gradients' placements, and its state."""
+"""Steps of sharded parameters: as those of whole ones, whatever the gradients' placements."""
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
 from rank_models import (
+    IN_8_BITS,
+    OPTIMIZERS,
     TOKENS,
+    WHOLE_BLOCKS,
     assert_same_parameters,
     make_model,
     optimizer_of,
@@ -15,20 +17,10 @@ from rank_models import (
     whole,
 )
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 
-from qlora_native import PagedAdamW, PagedAdamW8bit
+from qlora_native import PagedAdamW, PagedLion
 from support import same_bits
-
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 def mesh_of_ranks():
@@ -41,10 +33,96 @@ def placed(local, *placements):
     return DTensor.from_local(local, mesh_of_ranks(), placements)
 
 
+# ---- steps
+
+
+def train_as_one_process(optimizer_class: type) -> None:
+    single, model = make_model(WHOLE_BLOCKS), shard(make_model(WHOLE_BLOCKS))
+    optimizers = [optimizer_of(m, optimizer_class) for m in (single, model)]
+    for m, optimizer in zip((single, model), optimizers, strict=True):
+        train(m, [TOKENS, TOKENS + 1, TOKENS + 2], optimizer)
+    assert_same_parameters(model, single)
+    for p, q in zip(trained(single).values(), trained(model).values(), strict=True):
+        expected, state = optimizers[0].state[p], optimizers[1].state[q]
+        assert expected.keys() == state.keys()
+        for name, value in expected.items():
+            assert same_bits(whole(state[name]), value), name
+    here = optimizers[1].paging_report().bytes
+    assert 0.49 < here / optimizers[0].paging_report().bytes < 0.52  # a half of each
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_shards_are_stepped_as_the_whole_is(sharding_ranks, optimizer_class):
+    sharding_ranks.run(train_as_one_process, optimizer_class)
+
+
+def refuse_straddling_blocks(optimizer_class: type) -> None:
+    model = shard(make_model())
+    before = {name: whole(p) for name, p in model.named_parameters()}
+    optimizer = optimizer_of(model, optimizer_class)
+    model(TOKENS).sum().backward()
+    message = (
+        rf"{optimizer_class.__name__}: a parameter of shape \[4, 32\] .*blocks of 256 elements "
+        "that straddle shards; use the 32-bit optimiser, or a larger min_8bit_size"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+    for name, parameter in model.named_parameters():
+        assert same_bits(whole(parameter), before[name])
+
+
+@pytest.mark.parametrize("optimizer_class", IN_8_BITS)
+def test_blocks_of_8bit_state_that_straddle_shards_are_refused(sharding_ranks, optimizer_class):
+    sharding_ranks.run(refuse_straddling_blocks, optimizer_class)
+
+
+def refuse_columns(optimizer_class: type) -> None:
+    from torch.distributed.tensor import Shard
+
+    parameter = nn.Parameter(placed(torch.ones(512, 4), Shard(1)))
+    parameter.grad = placed(torch.ones(512, 4), Shard(1))
+    optimizer = optimizer_class([parameter], min_8bit_size=1)
+    with pytest.raises(NotImplementedError, match="only be cut once, along dimension 0"):
+        optimizer.step()
+    assert (parameter.to_local() == 1).all()
+
+
+@pytest.mark.parametrize("optimizer_class", IN_8_BITS)
+def test_8bit_state_of_columns_is_refused(ranks, optimizer_class):
+    ranks.run(refuse_columns, optimizer_class)
+
+
+def round_stochastically(optimizer_class: type) -> None:
+    """Of a parameter of ones, which all ranks step alike but for the rounding."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    results = []
+    for placement in (Replicate(), Shard(0)):
+        parameter = nn.Parameter(placed(torch.ones(4096, dtype=torch.bfloat16), placement))
+        torch.manual_seed(7)
+        optimizer = optimizer_class([parameter], lr=4e-3, stochastic_rounding=True)
+        for _ in range(2):
+            parameter.grad = placed(torch.ones(4096, dtype=torch.bfloat16), placement)
+            optimizer.step()
+        parts = [torch.empty(4096, dtype=torch.bfloat16) for _ in range(2)]
+        dist.all_gather(parts, parameter.detach().to_local())
+        assert len(parts[0].unique()) > 1
+        results.append(parts)
+    copies, shards = results
+    assert same_bits(*copies)
+    assert not same_bits(*shards)
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_copies_round_alike_and_shards_each_in_its_own_way(ranks, optimizer_class):
+    ranks.run(round_stochastically, optimizer_class)
+
+
 # ---- gradients
 
 
-def step_with_pending_sum() -> None:
+def step_with_pending_sum(optimizer_class: type) -> None:
     from torch.distributed.tensor import Partial, Replicate
 
     start = torch.randn(5, 3)
@@ -53,13 +131,14 @@ def step_with_pending_sum() -> None:
     expected.grad = parts[0] + parts[1]
     parameter = nn.Parameter(placed(start.clone(), Replicate()))
     parameter.grad = placed(parts[dist.get_rank()], Partial())
-    PagedAdamW([expected, parameter], lr=0.1, eps=1.0).step()
+    optimizer_class([expected, parameter], lr=0.1, weight_decay=0.1).step()
     assert same_bits(parameter.to_local(), expected)
 
 
-def test_a_gradient_that_is_a_pending_sum_is_summed(ranks):
+@pytest.mark.parametrize("optimizer_class", [PagedAdamW, PagedLion])
+def test_a_gradient_that_is_a_pending_sum_is_summed(ranks, optimizer_class):
     """As the gradients of a replicated norm are under sequence parallelism."""
-    ranks.run(step_with_pending_sum)
+    ranks.run(step_with_pending_sum, optimizer_class)
 
 
 def train_tensor_parallel() -> None:
@@ -118,114 +197,3 @@ def refuse_gradients_of_another_kind() -> None:
 
 def test_a_gradient_placed_otherwise_than_its_parameter_is_refused(ranks):
     ranks.run(refuse_gradients_of_another_kind)
-
-
-# ---- state
-
-
-def refuse_8bit_state() -> None:
-    model = shard(make_model())
-    before = {name: whole(p) for name, p in model.named_parameters()}
-    optimizer = PagedAdamW8bit(trained(model).values(), min_8bit_size=1)
-    model(TOKENS).sum().backward()
-    with pytest.raises(NotImplementedError, match=r"DTensor; .*use PagedAdamW"):
-        optimizer.step()
-    for name, parameter in model.named_parameters():
-        assert same_bits(whole(parameter), before[name])
-
-
-def test_8bit_state_of_sharded_parameters_is_refused(sharding_ranks):
-    sharding_ranks.run(refuse_8bit_state)
-
-
-def refuse_state_of_another_kind() -> None:
-    single = make_model()
-    optimizer = optimizer_of(single)
-    train(single, [TOKENS], optimizer)
-    model = shard(make_model())
-    sharded_optimizer = optimizer_of(model)
-    train(model, [TOKENS], sharded_optimizer)
-    for target, source in ((sharded_optimizer, optimizer), (optimizer, sharded_optimizer)):
-        before = {id(p): dict(state) for p, state in target.state.items()}
-        expected = r"exp_avg is a .*, the parameter is a .*set_optimizer"
-        with pytest.raises(ValueError, match=expected):
-            target.load_state_dict(source.state_dict())
-        assert {id(p): dict(state) for p, state in target.state.items()} == before
-
-
-def test_state_of_whole_parameters_is_refused_for_sharded_ones_and_back(sharding_ranks):
-    sharding_ranks.run(refuse_state_of_another_kind)
-
-
-def resume_from_full_state() -> None:
-    model = shard(make_model())
-    optimizer = optimizer_of(model)
-    train(model, [TOKENS, TOKENS + 1], optimizer)
-    model_state = get_model_state_dict(model, options=FULL)
-    state = get_optimizer_state_dict(model, optimizer, options=FULL)
-    assert bool(state) == (dist.get_rank() == 0)
-
-    single = make_model()
-    single_optimizer = optimizer_of(single)
-    train(single, [TOKENS, TOKENS + 1], single_optimizer)
-    if dist.get_rank() == 0:  # it holds what one process would
-        expected = get_optimizer_state_dict(single, single_optimizer)
-        for name, of_parameter in expected["state"].items():
-            for key, value in of_parameter.items():
-                assert same_bits(state["state"][name][key], value), (name, key)
-        for name, value in single.state_dict().items():
-            assert same_bits(model_state[name], value), name
-
-    other = shard(make_model())
-    other_optimizer = optimizer_of(other)
-    set_model_state_dict(other, model_state, options=FROM_RANK_0)
-    set_optimizer_state_dict(other, other_optimizer, state, options=FROM_RANK_0)
-    train(other, [TOKENS + 2], other_optimizer)
-    train(single, [TOKENS + 2], single_optimizer)
-    assert_same_parameters(other, single)
-
-
-def test_training_resumes_from_a_full_state_dict_of_rank_0(sharding_ranks):
-    sharding_ranks.run(resume_from_full_state)
-
-
-def resume_from_sharded_checkpoint(folder) -> None:
-    model = shard(make_model())
-    optimizer = optimizer_of(model)
-    train(model, [TOKENS, TOKENS + 1], optimizer)
-    saved = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
-    for parameter in saved["model"].values():
-        assert hasattr(parameter, "to_local"), "each rank writes its part"
-    checkpoint.save(saved, checkpoint_id=folder)
-
-    other = shard(make_model())
-    other_optimizer = optimizer_of(other)
-    loaded = {
-        "model": get_model_state_dict(other),
-        "optimizer": get_optimizer_state_dict(other, other_optimizer),
-    }
-    checkpoint.load(loaded, checkpoint_id=folder)
-    set_model_state_dict(other, loaded["model"])
-    set_optimizer_state_dict(other, other_optimizer, loaded["optimizer"])
-    for one, two in ((model, optimizer), (other, other_optimizer)):
-        train(one, [TOKENS + 2], two)
-    assert_same_parameters(other, model)
-
-    single = make_model()  # a checkpoint of two ranks loads in one process as well
-    single_optimizer = optimizer_of(single)
-    loaded = {
-        "model": get_model_state_dict(single),
-        "optimizer": get_optimizer_state_dict(single, single_optimizer),
-    }
-    checkpoint.load(loaded, checkpoint_id=folder)
-    set_model_state_dict(single, loaded["model"])
-    set_optimizer_state_dict(single, single_optimizer, loaded["optimizer"])
-    train(single, [TOKENS + 2], single_optimizer)
-    assert_same_parameters(model, single)
-
-
-def test_training_resumes_from_a_sharded_checkpoint(sharding_ranks, tmp_path):
-    sharding_ranks.run(resume_from_sharded_checkpoint, str(tmp_path / "checkpoint"))

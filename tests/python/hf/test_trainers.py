@@ -8,7 +8,14 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from qlora_native import LoRALinear, PagedAdamW, PagedAdamW8bit, add_lora
+from qlora_native import (
+    LoRALinear,
+    PagedAdamW,
+    PagedAdamW8bit,
+    PagedLion,
+    PagedLion8bit,
+    add_lora,
+)
 from qlora_native.hf import NF4Config, prepare_model
 from support import same_bits
 from tiny_model import make_tokenizer, save_tiny_model
@@ -78,13 +85,14 @@ def settings(output: Path, **more):
     }
 
 
-def run_trainer(model, output, optimizer=PagedAdamW, resume=None, **more):
+def run_trainer(model, output, optimizer=PagedAdamW, resume=None, own=None, **more):
+    """`own`: the optimiser's settings, beside its rate."""
     before = frozen(model)
     trainer = Trainer(
         model,
         TrainingArguments(**settings(output, **more)),
         train_dataset=Patterns(),
-        optimizer_cls_and_kwargs=(optimizer, {"lr": 5e-3}),
+        optimizer_cls_and_kwargs=(optimizer, {"lr": 5e-3, **(own or {})}),
     )
     trainer.train(resume_from_checkpoint=resume)
     assert type(trainer.optimizer.optimizer) is optimizer
@@ -109,6 +117,34 @@ def test_trainer_learns_and_resumes_exactly(path, tmp_path, adapt, optimizer):
     trainer = run_trainer(resumed, tmp_path / "resumed", optimizer, resume=str(checkpoint))
     assert trainer.state.global_step == STEPS
     assert losses_of(trainer)[STEPS // 2 :] == losses[STEPS // 2 :]
+    for name, value in trainable(resumed).items():
+        assert same_bits(value, end[name]), name
+
+
+@pytest.mark.parametrize("has_file", [False, True], ids=["memory", "file"])
+@pytest.mark.parametrize("optimizer", [PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit])
+def test_trainer_resumes_exactly_whatever_the_optimiser_is(path, tmp_path, optimizer, has_file):
+    """Gradients accumulate, are clipped, and 16-bit factors are rounded at random."""
+    own = {"stochastic_rounding": True, "page_file": str(tmp_path) if has_file else None}
+    if optimizer in (PagedAdamW8bit, PagedLion8bit):
+        own["min_8bit_size"] = 1
+    more = {"own": own, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "logging_steps": 4}
+
+    def make_model():
+        return with_native_lora(load(path, torch.bfloat16)).to(torch.bfloat16)
+
+    whole = make_model()
+    start = trainable(whole)
+    assert {value.dtype for value in start.values()} == {torch.bfloat16}
+    trainer = run_trainer(whole, tmp_path / "whole", optimizer, **more)
+    report = trainer.optimizer.optimizer.paging_report()
+    assert {part.strategy for part in report.parts} == {"file" if has_file else "ordinary"}
+    end = trainable(whole)
+    assert not any(same_bits(start[name], end[name]) for name in start)
+
+    checkpoint = tmp_path / "whole" / f"checkpoint-{STEPS // 2}"
+    resumed = make_model()
+    run_trainer(resumed, tmp_path / "resumed", optimizer, resume=str(checkpoint), **more)
     for name, value in trainable(resumed).items():
         assert same_bits(value, end[name]), name
 
