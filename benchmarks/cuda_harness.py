@@ -1,7 +1,7 @@
 """A row on a GPU: what to time and how, the floor that it is held against, and the verdicts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -17,13 +17,11 @@ class CudaCase(Case):
 
     Attributes:
         clock: how it is timed; cuda_clock.py has the three.
-        notes: on contenders that are missing.
     """
 
     contenders: dict[str, Round]
     bandwidth: str = "copy"
     clock: str = "graph"
-    notes: list[str] = field(default_factory=list)
 
 
 def run_work(work: Work, limits: CudaLimits, device: torch.device, seconds: float) -> Row:

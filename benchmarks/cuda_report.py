@@ -4,6 +4,7 @@ from typing import Any
 
 from cuda_device import GEMM, limits_of
 from harness import Row
+from report import notes_of
 
 
 def markdown(header: dict[str, Any], rows: list[Row]) -> str:
@@ -26,11 +27,9 @@ def markdown(header: dict[str, Any], rows: list[Row]) -> str:
     not_begun: list[str] = header.get("not_begun", [])
     if not_begun:
         lines += ["", f"Not begun, as the time was over: {'; '.join(not_begun)}."]
-    notes = list(header.get("missing_peers", []))
-    notes += dict.fromkeys(f"{row.work}: {note}" for row in rows for note in row.notes)
+    notes = [f"- {note}" for note in header.get("missing_peers", [])] + notes_of(rows)
     if notes:
-        lines += ["", "Notes:"]
-        lines += [f"- {note}" for note in notes]
+        lines += ["", "Notes:", *notes]
     lines += ["", _origin(header)]
     limits = limits_of(header)
     if limits is not None:

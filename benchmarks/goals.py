@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 BNB, BF16, FP32 = "bitsandbytes", "torch bf16", "torch fp32"
 BNB_TRAINING = "bitsandbytes, training path"
+TORCH_FUSED, TORCH_FUSED_32 = "torch fused", "torch fused, 32-bit"
+ONE_TENSOR, LORA_SET, TINY_SET = "16.8 M fp32", "448 LoRA tensors", "448 tensors of 64 elements"
 LIMIT, MICROSECONDS = "limit", "µs"
 
 
@@ -22,7 +24,7 @@ class Goal:
         ms: their numbers of tokens; empty: any.
         against: a contender; several: whichever of them is fastest.
         isas: the instruction sets that it holds on; empty: any that no other goal names.
-        sizes: of the weight, like "4096×4096"; empty: any.
+        sizes: of the weight, like "4096×4096", or of what a step is on; empty: any.
     """
 
     key: str
@@ -66,10 +68,18 @@ GOALS = (
         Goal(f"DoRA forward + backward, {name} factors", (512,), ("LoRA",), 1 / 1.25)
         for name in ("fp32", "bf16")
     ),
-    Goal("AdamW 32-bit", (), ("torch fused",), 1.0),
-    Goal("AdamW 32-bit", (), (BNB,), 12),
-    Goal("AdamW 8-bit", (), ("torch fused, 32-bit",), 1.3),
-    Goal("AdamW 8-bit", (), (BNB,), 40),
+    Goal("AdamW 32-bit", (), (TORCH_FUSED,), 1.0, sizes=(ONE_TENSOR, LORA_SET)),
+    Goal("AdamW 8-bit", (), (TORCH_FUSED_32,), 1.3, sizes=(ONE_TENSOR,)),
+    Goal("AdamW 8-bit", (), (TORCH_FUSED_32,), 1.5, sizes=(LORA_SET,)),
+    *(
+        Goal(f"{algorithm} {bits}-bit", (), (BNB,), reach, sizes=(ONE_TENSOR, LORA_SET))
+        for algorithm in ("AdamW", "Lion")
+        for bits, reach in ((32, 12), (8, 40))
+    ),
+    *(
+        Goal(f"call overhead, {name} step", (), (MICROSECONDS,), 1500, sizes=(TINY_SET,))
+        for name in ("AdamW 32-bit", "AdamW 8-bit", "Lion 32-bit", "Lion 8-bit")
+    ),
     Goal("call overhead, forward", (), (MICROSECONDS,), 15),
     Goal("call overhead, forward + backward", (), (MICROSECONDS,), 75),
     Goal("from_pretrained, dense checkpoint", (), (BNB,), 5),
@@ -79,8 +89,7 @@ GOALS = (
 
 # Of the CUDA backend on an H200: docs/benchmarks.md says what the floors are.
 OWN_ONE_TOKEN, OWN_BASE, DEQUANTISE_MM = "own m = 1", "own base alone", "dequantise + torch.mm"
-PEFT = "PEFT on bitsandbytes"
-LORA_SET = "448 LoRA tensors"
+PEFT, PREFETCH_LOOP = "PEFT on bitsandbytes", "plain prefetch loop"
 _SQUARE, _WIDE = ("4096×4096",), ("4096×14336",)
 CUDA_GOALS = (
     Goal("quantise", (), (LIMIT,), 1 / 1.4),
@@ -103,11 +112,18 @@ CUDA_GOALS = (
     # A step's LoRA is to take 6 % of it, which is 8 % of what its base products take.
     Goal("LoRA forward + backward", (2048,), (OWN_BASE,), 1 / 1.08),
     Goal("LoRA forward + backward", (), (PEFT,), 1.3),
-    Goal("AdamW 32-bit", (), (LIMIT,), 1 / 1.15),
-    Goal("AdamW 8-bit", (), (LIMIT,), 1 / 1.4),
+    *(
+        Goal(f"{algorithm} {bits}-bit", (), (LIMIT,), 1 / floors)
+        for algorithm in ("AdamW", "Lion")
+        for bits, floors in ((32, 1.15), (8, 1.4))
+    ),
     Goal("AdamW 32-bit, with the host", (), (BNB,), 20, sizes=(LORA_SET,)),
     Goal("AdamW 8-bit, with the host", (), (BNB,), 20, sizes=(LORA_SET,)),
     Goal("paging", (), (LIMIT,), 0.80),
+    *(
+        Goal(f"AdamW 32-bit paged, {strategy}, a quarter resident", (), (PREFETCH_LOOP,), 0.80)
+        for strategy in ("managed", "pinned")
+    ),
 )
 
 

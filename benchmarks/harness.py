@@ -26,9 +26,10 @@ class Case:
     Attributes:
         contenders: name to callable; the first is ours.
         bytes_moved: read and written by a call that touches everything once; against `bandwidth`.
-        bandwidth: "read" or "copy".
+        bandwidth: "read" or "copy"; "file": of no limit that is measured.
         operations: floating-point operations of a call, done on `dtype` ("bf16", "fp32").
         threads: of torch and ours; None: as they are.
+        notes: on contenders that are missing.
     """
 
     contenders: dict[str, Callable[[], object]]
@@ -37,6 +38,7 @@ class Case:
     operations: float = 0
     dtype: str = "bf16"
     threads: int | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,9 @@ def run_work(work: Work, limits: Limits | None, isa: str, seconds: float, settle
     times = time_contenders(case.contenders, seconds, settle)
     torch.set_num_threads(threads)
     row = Row(work.name, work.key, work.m, work.size, times)
-    row.bytes_moved, row.operations = case.bytes_moved, case.operations
-    if limits is not None and (case.bytes_moved or case.operations):
+    row.bytes_moved, row.operations, row.notes = case.bytes_moved, case.operations, case.notes
+    has_limit = case.bandwidth != "file" and (case.bytes_moved or case.operations)
+    if limits is not None and has_limit:
         bandwidth = limits.read if case.bandwidth == "read" else limits.copy
         instruction, peak = limits.peak(isa, case.dtype)
         # What takes longer at best is the limit: moving the bytes or doing the arithmetic.

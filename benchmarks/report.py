@@ -83,6 +83,9 @@ def markdown(header: dict[str, Any], rows: list[Row], goals: bool = False) -> st
     titles = ["Work", "ms (p20–p80)", "× the peers", "share of the limit"] + ["goals"] * goals
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     lines += ["| " + " | ".join(cells(row, goals)) + " |" for row in rows]
+    notes = notes_of(rows)
+    if notes:
+        lines += ["", "Notes:", *notes]
     versions = header["versions"]
     lines += [
         "",
@@ -95,12 +98,20 @@ def markdown(header: dict[str, Any], rows: list[Row], goals: bool = False) -> st
     return "\n".join(lines)
 
 
+def notes_of(rows: list[Row]) -> list[str]:
+    """Of all rows, as a list's lines."""
+    return list(dict.fromkeys(f"- {row.work}: {note}" for row in rows for note in row.notes))
+
+
 def cells(row: Row, goals: bool) -> list[str]:
     """A row of the table."""
     ours, *peers = row.times
     times = row.times[ours]
     ratios = ", ".join(f"{row.ratio(peer):.2f}× {peer}" for peer in peers)
-    share = "" if row.share_of_limit is None else f"{row.share_of_limit:.0%} {row.limit}"
+    if row.share_of_limit is not None:
+        share = f"{row.share_of_limit:.0%} {row.limit}"
+    else:  # no limit is known: the rate says more than nothing
+        share = f"{row.bytes_moved / times.median_ms / 1e6:.2f} GB/s" if row.bytes_moved else ""
     shown = [
         row.work,
         f"{_ms(times.median_ms)} ({_ms(times.p20_ms)}–{_ms(times.p80_ms)})",

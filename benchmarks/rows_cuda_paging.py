@@ -26,9 +26,19 @@ def _paging(strategy: str, device: torch.device) -> CudaCase:
     """A byte-wise sum on each page in turn, as an optimiser's step walks its state."""
     page_bytes = _PAGE_BYTES[device.type]
     bytes_ = _PAGES[device.type] * page_bytes
+    resident_bytes = _RESIDENT_PAGES * page_bytes
+    one = plain_loop(device, bytes_, page_bytes, strategy, resident_bytes)
+    # Every page comes in and goes out again.
+    return CudaCase({OURS: one}, clock=HOST, bytes_moved=2 * bytes_, bandwidth="link")
+
+
+def plain_loop(
+    device: torch.device, bytes_: int, page_bytes: int, strategy: str, resident_bytes: int
+) -> Round:
+    """As little work on each page as there can be, checked."""
     options = {"page_bytes": page_bytes, "strategy": strategy}
     if device.type == "cuda":
-        options["resident_bytes"] = _RESIDENT_PAGES * page_bytes
+        options["resident_bytes"] = resident_bytes
         device = torch.device("cuda", torch.cuda.current_device())
         if 4 * bytes_ > torch.cuda.mem_get_info(device)[0]:
             raise SystemExit(f"want {4 * bytes_ / 2**30:.0f} GiB of free device memory")
@@ -40,8 +50,7 @@ def _paging(strategy: str, device: torch.device) -> CudaCase:
         torch.cuda.synchronize(device)
     if not bool((torch.from_dlpack(buffer.memory(0, bytes_)) == 4).all()):
         raise SystemExit("WRONG: paging: a page was not written back")
-    # Every page comes in and goes out again.
-    return CudaCase({OURS: one}, clock=HOST, bytes_moved=2 * bytes_, bandwidth="link")
+    return one
 
 
 def _fill(buffer: Any, value: int) -> None:

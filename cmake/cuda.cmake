@@ -41,7 +41,6 @@ function(qlora_add_cuda_backend target)
   endif()
   message(STATUS "qlora_native: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${QLORA_CUDA_ARCHS}")
   target_sources(${target} PRIVATE
-    csrc/cuda/adamw.cu
     csrc/cuda/cuda_backend.cpp
     csrc/cuda/device_report.cpp
     csrc/cuda/dropout.cu
@@ -53,8 +52,10 @@ function(qlora_add_cuda_backend target)
     csrc/cuda/nf4_matmul_plain.cu
     csrc/cuda/nf4_matmul_plan.cpp
     csrc/cuda/nf4_matmul_tiles.cu
+    csrc/cuda/optimizer.cu
     csrc/cuda/page_memory.cpp
     csrc/cuda/paged_buffer.cpp
+    csrc/cuda/paging_plan.cpp
     csrc/cuda/runtime.cpp)
   string(REPLACE ";" "," architectures "${QLORA_CUDA_ARCHS}")
   set_source_files_properties(csrc/cuda/cuda_backend.cpp PROPERTIES COMPILE_DEFINITIONS

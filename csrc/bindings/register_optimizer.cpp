@@ -1,3 +1,5 @@
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include <pybind11/stl.h>
@@ -47,8 +49,9 @@ PagedMemory memory_of_plane(const PagedState& state, int plane, std::int64_t fir
 using Tensors = std::vector<TensorView>;
 using Integers = std::vector<std::int64_t>;
 
-/// A step on a list of parameters with state in pages: its arguments, checked when it is made. The
-/// caller keeps the tensors until it has run.
+/// A step on a list of parameters with state in pages, in three parts, so that of several steps all
+/// are checked, and then all have the memory that they need, before the first is taken. The caller
+/// keeps the tensors until it has run.
 class PagedStep {
  public:
   PagedStep(SharedState state, const Tensors& params, const Tensors& grads,
@@ -79,14 +82,21 @@ class PagedStep {
     validate_paged_optimizer_step(*state_, tensors_, step_);
   }
 
-  void run(int num_threads, std::uintptr_t stream) {
-    paged_optimizer_step(*state_, tensors_, step_, make_context(num_threads, stream));
+  void prepare(int num_threads, std::uintptr_t stream) {
+    queue_ =
+        prepare_paged_optimizer_step(*state_, tensors_, step_, make_context(num_threads, stream));
+  }
+
+  void run() {
+    check(queue_ != nullptr, "PagedStep.run: the step is not prepared, or has run");
+    std::exchange(queue_, nullptr)();
   }
 
  private:
   SharedState state_;
   std::vector<PagedTensor> tensors_;
   OptimizerStep step_;
+  std::function<void()> queue_;
 };
 
 }  // namespace
@@ -127,7 +137,8 @@ void register_optimizer(py::module_& module) {
            py::arg("maximize"), py::arg("rounding_seed") = py::none(),
            py::arg("lr_tensor") = py::none(), py::arg("grad_scale") = py::none(),
            py::arg("found_inf") = py::none())
-      .def("run", &PagedStep::run, py::arg("num_threads"), py::arg("stream"), NoGil());
+      .def("prepare", &PagedStep::prepare, py::arg("num_threads"), py::arg("stream"), NoGil())
+      .def("run", &PagedStep::run, NoGil());
 }
 
 }  // namespace qlora

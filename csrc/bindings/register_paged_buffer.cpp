@@ -43,6 +43,7 @@ py::dict report_of(const PagedBufferReport& report) {
   out["device_bytes"] = report.device_bytes;
   out["moved_to_device_bytes"] = report.moved_to_device_bytes;
   out["moved_to_host_bytes"] = report.moved_to_host_bytes;
+  out["refused_bytes"] = report.refused_bytes;
   return out;
 }
 

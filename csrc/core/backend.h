@@ -43,9 +43,10 @@ class Backend {
                        const ExecutionContext& context) const;
   virtual void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
                               const OptimizerStep& step, const ExecutionContext& context) const;
-  virtual void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
-                                    const OptimizerStep& step,
-                                    const ExecutionContext& context) const;
+  virtual std::function<void()> prepare_paged_optimizer_step(PagedState& state,
+                                                             std::span<const PagedTensor> tensors,
+                                                             const OptimizerStep& step,
+                                                             const ExecutionContext& context) const;
   virtual std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,
                                                          const PagedBufferOptions& options) const;
 

@@ -66,8 +66,10 @@ void Backend::optimizer_step(OptimizerRule, std::span<const OptimizerTensor>, co
                              const ExecutionContext&) const {
   refuse("optimizer_step");
 }
-void Backend::paged_optimizer_step(PagedState&, std::span<const PagedTensor>, const OptimizerStep&,
-                                   const ExecutionContext&) const {
+std::function<void()> Backend::prepare_paged_optimizer_step(PagedState&,
+                                                            std::span<const PagedTensor>,
+                                                            const OptimizerStep&,
+                                                            const ExecutionContext&) const {
   refuse("paged_optimizer_step");
 }
 std::unique_ptr<PagedBuffer> Backend::make_paged_buffer(Device, const PagedBufferOptions&) const {

@@ -354,9 +354,16 @@ void validate_paged_optimizer_step(const PagedState& state, std::span<const Page
 
 void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
                           const OptimizerStep& step, const ExecutionContext& context) {
+  prepare_paged_optimizer_step(state, tensors, step, context)();
+}
+
+std::function<void()> prepare_paged_optimizer_step(PagedState& state,
+                                                   std::span<const PagedTensor> tensors,
+                                                   const OptimizerStep& step,
+                                                   const ExecutionContext& context) {
   validate_paged_optimizer_step(state, tensors, step);
-  if (tensors.empty()) return;
-  backend_for(state.device()).paged_optimizer_step(state, tensors, step, context);
+  if (tensors.empty()) return [] {};
+  return backend_for(state.device()).prepare_paged_optimizer_step(state, tensors, step, context);
 }
 
 }  // namespace qlora

@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 
 #include "core/optimizer_numbers.h"
@@ -260,9 +261,18 @@ struct PagedTensor {
 };
 
 /// optimizer_step on state in pages, of those pages alone that the tensors have a part in. The bits
-/// are optimizer_step's. What can fail for want of memory is taken before the first page is touched.
+/// are optimizer_step's.
 void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
                           const OptimizerStep& step, const ExecutionContext& context);
+
+/// The same in two parts, so that of several steps all are prepared before the first is taken: takes
+/// the memory that the step needs, and returns what queues it, once. `state` and `tensors` must live
+/// until then. Throws all that paged_optimizer_step would throw of its arguments or for want of
+/// memory.
+std::function<void()> prepare_paged_optimizer_step(PagedState& state,
+                                                   std::span<const PagedTensor> tensors,
+                                                   const OptimizerStep& step,
+                                                   const ExecutionContext& context);
 
 /// Throws what paged_optimizer_step would throw of its arguments.
 void validate_paged_optimizer_step(const PagedState& state, std::span<const PagedTensor> tensors,

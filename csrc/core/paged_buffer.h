@@ -78,10 +78,15 @@ struct ByteRange {
 enum class PagePlace : std::uint8_t { unknown, host, device };
 
 /// What was asked for, in bytes. A request for a page to be where it was asked to be last moves
-/// nothing in this account.
+/// nothing in this account. The zeros of managed memory are written on the device, so that it begins
+/// with each page asked there, and those that may not stay asked back.
 struct PagedBufferReport {
   std::int64_t unknown_bytes = 0, host_bytes = 0, device_bytes = 0;  // they add up to all
   std::int64_t moved_to_device_bytes = 0, moved_to_host_bytes = 0;   // since the beginning
+
+  /// Of requests, since the beginning, that managed memory's driver had no memory for. The bytes stay
+  /// where they are, and are used from there.
+  std::int64_t refused_bytes = 0;
 };
 
 /// Made by make_paged_buffer, owned by one pointer. Any thread may call; calls take turns. Streams
@@ -124,10 +129,13 @@ class PagedBuffer {
   /// Without a budget it depends on what the device has free: room is wanted for all that is not there
   /// yet, of this buffer and of others (`companion_bytes` in all), and for two pages more. A stream
   /// that records a CUDA graph makes no requests: what it records is right wherever the memory is.
+  ///
+  /// A stream that has used data() so joins, for destroying to wait for that use.
   bool make_resident(void* stream, std::int64_t companion_bytes = 0);
 
-  /// Makes `stream` wait for all copies asked for so far. Of a file: waits itself, and throws
-  /// FileError if a page could not be written out, from then on each time.
+  /// Makes `stream` wait for all copies asked for so far. (One that records a CUDA graph cannot, and
+  /// need not where make_resident says so.) Of a file: waits itself, and throws FileError if a page
+  /// could not be written out, from then on each time.
   void join(void* stream);
 
   /// Asks for the pages that the range touches, after what is queued on `stream`, which does not
@@ -150,8 +158,10 @@ class PagedBuffer {
   virtual void do_prefetch_to_device(std::int64_t first, std::int64_t last, void* stream) = 0;
   virtual void do_prefetch_to_host(std::int64_t first, std::int64_t last, void* stream) = 0;
 
-  /// Notes a request.
+  /// Notes a request, or one that was refused.
   void note(std::int64_t page, PagePlace place);
+  void note_refusal(std::int64_t bytes) { report_.refused_bytes += bytes; }
+  std::int64_t bytes_asked_to_device() const { return report_.device_bytes; }
 
  private:
   void check_page(std::int64_t page, const char* operation, bool is_in_use) const;

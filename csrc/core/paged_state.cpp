@@ -127,8 +127,11 @@ PagedState::Addresses PagedState::data() const {
 }
 
 bool PagedState::make_resident(void* stream) {
+  // Each finds room for those after it, too, but not for those before, which have it by then.
+  std::int64_t bytes_after = bytes();
   return std::all_of(planes_.begin(), planes_.end(), [&](const Plane& plane) {
-    return plane.buffer->make_resident(stream, bytes() - plane.buffer->bytes());
+    bytes_after -= plane.buffer->bytes();
+    return plane.buffer->make_resident(stream, bytes_after);
   });
 }
 
@@ -141,6 +144,7 @@ PagedBufferReport PagedState::report() const {
     sum.device_bytes += report.device_bytes;
     sum.moved_to_device_bytes += report.moved_to_device_bytes;
     sum.moved_to_host_bytes += report.moved_to_host_bytes;
+    sum.refused_bytes += report.refused_bytes;
   }
   return sum;
 }

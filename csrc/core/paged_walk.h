@@ -48,7 +48,13 @@ void walk_pages(PagedState& state, std::span<const PagedTensor> tensors, void* s
     for (const PagedTensor& tensor : tensors) {
       pieces.push_back(piece_of(tensor, state, addresses, 0, 0, state.elements()));
     }
-    step_pieces(std::span<const OptimizerTensor>(pieces));
+    try {
+      step_pieces(std::span<const OptimizerTensor>(pieces));
+    } catch (...) {
+      state.join(stream);
+      throw;
+    }
+    state.join(stream);
     return;
   }
   const std::int64_t page_elements = state.page_elements();

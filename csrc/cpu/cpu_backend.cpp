@@ -199,13 +199,15 @@ class CpuBackend final : public Backend {
     }
   }
 
-  void paged_optimizer_step(PagedState& state, std::span<const PagedTensor> tensors,
-                            const OptimizerStep& step,
-                            const ExecutionContext& context) const override {
-    if (is_skipped(step)) return;
-    walk_pages(state, tensors, context.stream, [&](std::span<const OptimizerTensor> pieces) {
-      optimizer_step(state.rule(), pieces, step, context);
-    });
+  std::function<void()> prepare_paged_optimizer_step(
+      PagedState& state, std::span<const PagedTensor> tensors, const OptimizerStep& step,
+      const ExecutionContext& context) const override {
+    return [this, &state, tensors, step, context] {
+      if (is_skipped(step)) return;
+      walk_pages(state, tensors, context.stream, [&](std::span<const OptimizerTensor> pieces) {
+        optimizer_step(state.rule(), pieces, step, context);
+      });
+    };
   }
 
   std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,

@@ -103,7 +103,8 @@ PageFile::~PageFile() {
 }
 
 void PageFile::ask(const ByteRange& range) const {
-  // The kernel reads no more at one request than it reads ahead, which is 128 KiB if nobody set it.
+  // At one request the kernel reads no more than it reads ahead (128 KiB, if nobody set it), or the
+  // device takes at once.
   constexpr std::int64_t piece_bytes = std::int64_t{128} << 10;
   const std::int64_t end = range.offset + range.bytes;
   for (std::int64_t begin = round_down(range.offset); begin < end; begin += piece_bytes) {

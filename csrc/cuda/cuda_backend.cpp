@@ -1,11 +1,14 @@
 // The operations of the CUDA backend: the right device, the caller's stream, and what the kernels
 // demand of their arguments.
+#include <algorithm>
+
 #include "core/backend.h"
-#include "cuda/adamw.h"
+#include "core/paged_walk.h"
 #include "cuda/dropout.h"
 #include "cuda/lora.h"
 #include "cuda/nf4_codec.h"
 #include "cuda/nf4_matmul_dispatch.h"
+#include "cuda/optimizer.h"
 #include "cuda/paged_buffer.h"
 #include "cuda/runtime.h"
 
@@ -32,6 +35,12 @@ void check_scales_aligned(const NF4Weight& weight, const char* operation) {
   if (!weight.is_nested()) check_aligned(weight.absmax, operation, "absmax");
   check_aligned(weight.nested_absmax, operation, "nested_absmax");
   check_aligned(weight.nested_offset, operation, "nested_offset");
+}
+
+template <typename Tensor>
+bool has_step_counts(std::span<const Tensor> tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const Tensor& tensor) { return tensor.step_count.is_present; });
 }
 
 class CudaBackend final : public Backend {
@@ -107,14 +116,23 @@ class CudaBackend final : public Backend {
 
   void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors,
                       const OptimizerStep& step, const ExecutionContext& context) const override {
-    const char* const operation = optimizer_step_name(rule, tensors.front().state.is_8bit());
-    const DeviceGuard guard(tensors.front().param.device, operation);
-    if (rule == OptimizerRule::lion) refuse(operation);
-    if (tensors.front().state.is_8bit()) {
-      cuda::launch_adamw8bit_step(tensors, step, stream_of(context));
-    } else {
-      cuda::launch_adamw_step(tensors, step, stream_of(context));
-    }
+    const bool is_8bit = tensors.front().state.is_8bit();
+    const DeviceGuard guard(tensors.front().param.device, optimizer_step_name(rule, is_8bit));
+    cuda::OptimizerLaunch(rule, is_8bit, step, has_step_counts(tensors),
+                          stream_of(context))(tensors);
+  }
+
+  std::function<void()> prepare_paged_optimizer_step(
+      PagedState& state, std::span<const PagedTensor> tensors, const OptimizerStep& step,
+      const ExecutionContext& context) const override {
+    const char* const operation = optimizer_step_name(state.rule(), state.is_8bit());
+    const DeviceGuard guard(state.device(), operation);
+    const auto launch = std::make_shared<cuda::OptimizerLaunch>(
+        state.rule(), state.is_8bit(), step, has_step_counts(tensors), stream_of(context));
+    return [launch, operation, &state, tensors, context] {
+      const DeviceGuard on_device(state.device(), operation);
+      walk_pages(state, tensors, context.stream, *launch);
+    };
   }
 
   std::unique_ptr<PagedBuffer> make_paged_buffer(Device device,

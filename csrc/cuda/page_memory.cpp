@@ -1,6 +1,7 @@
 #include "cuda/page_memory.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cuda/owned.h"
 #include "cuda/unified_memory.h"
@@ -59,17 +60,27 @@ class ManagedPages final : public PageMemory {
   std::byte* on_device(const ByteRange& page, int) const override { return data() + page.offset; }
   bool has_host_copy() const override { return false; }
 
-  void queue_to_device(const ByteRange& pages, int, cudaStream_t stream) const override {
-    queue(pages, device_location(device_), stream);
+  bool queue_to_device(const ByteRange& pages, int, cudaStream_t stream) const override {
+    return queue(pages, device_location(device_), stream);
   }
-  void queue_to_host(const ByteRange& pages, int, cudaStream_t stream) const override {
-    queue(pages, host_location(), stream);
+  bool queue_to_host(const ByteRange& pages, int, cudaStream_t stream) const override {
+    return queue(pages, host_location(), stream);
+  }
+  void queue_zeros(const ByteRange& page, cudaStream_t stream) const override {
+    check_cuda(cudaMemsetAsync(data() + page.offset, 0, size_of(page.bytes), stream),
+               "PagedBuffer: cudaMemsetAsync");
   }
 
  private:
-  void queue(const ByteRange& pages, MemoryLocation location, cudaStream_t stream) const {
-    check_cuda(prefetch(data() + pages.offset, size_of(pages.bytes), location, stream),
-               "PagedBuffer: cudaMemPrefetchAsync");
+  bool queue(const ByteRange& pages, MemoryLocation location, cudaStream_t stream) const {
+    const cudaError_t error =
+        prefetch(data() + pages.offset, size_of(pages.bytes), location, stream);
+    if (error == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // or the next one to ask would be told of it
+      return false;
+    }
+    check_cuda(error, "PagedBuffer: cudaMemPrefetchAsync");
+    return true;
   }
 
   int device_;
@@ -81,7 +92,9 @@ class PinnedPages final : public PageMemory {
   PinnedPages(std::int64_t bytes, std::int64_t page_bytes, int slots)
       : page_bytes_(page_bytes),
         slots_(allocate_on_device(std::min(bytes, page_bytes * slots))),
-        memory_(allocate_pinned(bytes)) {}
+        memory_(allocate_pinned(bytes)) {
+    std::memset(memory_.get(), 0, size_of(bytes));
+  }
 
   std::byte* data() const override { return memory_.get(); }
   std::byte* on_device(const ByteRange&, int slot) const override {
@@ -89,16 +102,19 @@ class PinnedPages final : public PageMemory {
   }
   bool has_host_copy() const override { return true; }
 
-  void queue_to_device(const ByteRange& page, int slot, cudaStream_t stream) const override {
+  bool queue_to_device(const ByteRange& page, int slot, cudaStream_t stream) const override {
     check_cuda(cudaMemcpyAsync(on_device(page, slot), data() + page.offset, size_of(page.bytes),
                                cudaMemcpyHostToDevice, stream),
                "PagedBuffer: cudaMemcpyAsync to the device");
+    return true;
   }
-  void queue_to_host(const ByteRange& page, int slot, cudaStream_t stream) const override {
+  bool queue_to_host(const ByteRange& page, int slot, cudaStream_t stream) const override {
     check_cuda(cudaMemcpyAsync(data() + page.offset, on_device(page, slot), size_of(page.bytes),
                                cudaMemcpyDeviceToHost, stream),
                "PagedBuffer: cudaMemcpyAsync to the host");
+    return true;
   }
+  void queue_zeros(const ByteRange&, cudaStream_t) const override {}
 
  private:
   std::int64_t page_bytes_;

@@ -19,9 +19,13 @@ class PageMemory {
   /// Where a page is on the device, while it is in `slot`.
   virtual std::byte* on_device(const ByteRange& page, int slot) const = 0;
 
-  /// Queue a move. Managed pages have no slots, and may move many at once.
-  virtual void queue_to_device(const ByteRange& pages, int slot, cudaStream_t stream) const = 0;
-  virtual void queue_to_host(const ByteRange& pages, int slot, cudaStream_t stream) const = 0;
+  /// Queue a move. Managed pages have no slots, and may move many at once; false, if the driver has no
+  /// memory for it: they stay where they are, and are used from there.
+  virtual bool queue_to_device(const ByteRange& pages, int slot, cudaStream_t stream) const = 0;
+  virtual bool queue_to_host(const ByteRange& pages, int slot, cudaStream_t stream) const = 0;
+
+  /// Queues zeros in a page that is on the device. Pinned pages are zeros from the beginning.
+  virtual void queue_zeros(const ByteRange& page, cudaStream_t stream) const = 0;
 
   /// Whether the host keeps a copy of a page that is on the device, so that one which nobody wrote
   /// need not be sent back.

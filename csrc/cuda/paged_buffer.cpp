@@ -4,70 +4,24 @@
 
 #include "cuda/owned.h"
 #include "cuda/page_memory.h"
-#include "format/nf4_layout.h"
+#include "cuda/paging_plan.h"
 
 namespace qlora::cuda {
 namespace {
 
-/// How many pages have a slot, and how many stay on the device for good.
-struct Plan {
-  PagingStrategy strategy;
-  int slot_count;
-  std::int64_t staying_pages;
-};
-
-bool has_concurrent_managed_memory(int device) {
-  const auto ask = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "PagedBuffer");
-    return value != 0;
-  };
-  return ask(cudaDevAttrManagedMemory) && ask(cudaDevAttrConcurrentManagedAccess);
-}
-
-PagingStrategy choose_strategy(Device device, PagingStrategy asked) {
-  switch (asked) {
-    case PagingStrategy::pinned: return asked;
-    case PagingStrategy::automatic:
-      return has_concurrent_managed_memory(device.index) ? PagingStrategy::managed
-                                                         : PagingStrategy::pinned;
-    case PagingStrategy::managed:
-      if (has_concurrent_managed_memory(device.index)) return asked;
-      throw Unsupported(message("PagedBuffer: ", device,
-                                " has no managed memory that the host can use at the same time (so "
-                                "with WSL2 and some virtual GPUs); use strategy pinned"));
-    case PagingStrategy::ordinary:
-    case PagingStrategy::file: break;
-  }
-  throw InvalidArgument(message("PagedBuffer: strategy is ", asked, ", on ", device,
-                                " want automatic, managed or pinned"));
-}
-
-Plan make_plan(Device device, const PagedBufferOptions& options) {
-  constexpr std::int64_t max_slots = 3;  // in use, coming, going
-  const PagingStrategy strategy = choose_strategy(device, options.strategy);
-  const std::int64_t page_count = ceil_divide(options.bytes, options.page_bytes);
-  const bool has_room_for_all =
-      options.resident_bytes ? *options.resident_bytes >= options.bytes : true;
-  const std::int64_t room =
-      has_room_for_all ? page_count : *options.resident_bytes / options.page_bytes;
-  const std::int64_t slots = std::min(max_slots, room);
-  std::int64_t staying = 0;
-  if (strategy == PagingStrategy::managed) staying = has_room_for_all ? page_count : room - slots;
-  return {strategy, static_cast<int>(slots), staying};
-}
-
 class CudaPagedBuffer final : public PagedBuffer {
  public:
-  CudaPagedBuffer(Device device, const PagedBufferOptions& options, const Plan& plan,
+  CudaPagedBuffer(Device device, const PagedBufferOptions& options, const PagingPlan& plan,
                   std::unique_ptr<PageMemory> memory)
       : PagedBuffer(device, plan.strategy, options,
                     plan.strategy == PagingStrategy::pinned ? PagePlace::host : PagePlace::unknown),
         memory_(std::move(memory)),
         staying_pages_(plan.staying_pages),
+        has_budget_(plan.has_budget),
         coming_(make_stream(name)),
         going_(make_stream(name)),
-        link_(make_event(name)) {
+        link_(make_event(name)),
+        zeroed_(make_event(name)) {
     for (int i = 0; i < plan.slot_count; ++i) {
       slots_.push_back(
           {.loaded = make_event(name), .used = make_event(name), .saved = make_event(name)});
@@ -85,6 +39,21 @@ class CudaPagedBuffer final : public PagedBuffer {
 
   std::byte* data() const override { return memory_ ? memory_->data() : nullptr; }
 
+  /// Queues the first zeros of managed memory: a walk over its pages, before any other use. Not in the
+  /// constructor, so that the destructor waits for what was queued if a call fails.
+  void queue_zeros() {
+    if (strategy() != PagingStrategy::managed) return;
+    for (std::int64_t page = 0; page < page_count(); ++page) {
+      load(page);
+      memory_->queue_zeros(page_range(page), coming_.get());
+      Slot& slot = slot_of(page);
+      record(slot.loaded, coming_.get());
+      if (is_guest(page)) send_back_unused(slot);
+      slot.state = Slot::State::empty;
+    }
+    record(zeroed_, coming_.get());
+  }
+
  private:
   static constexpr const char* name = "PagedBuffer";
 
@@ -100,14 +69,22 @@ class CudaPagedBuffer final : public PagedBuffer {
   class Entry {
    public:
     Entry(const CudaPagedBuffer& buffer, const char* operation, void* stream)
-        : guard_(buffer.checked_device(operation), operation) {
-      check_stream(to_stream(stream), operation);
-      refuse_capture(to_stream(stream), operation,
-                     "pages move from one launch to the next, which a graph would not repeat");
+        : guard_(buffer.checked_device(operation), operation),
+          operation_(operation),
+          stream_(to_stream(stream)) {
+      check_stream(stream_, operation_);
+    }
+
+    void refuse_capture() const {
+      cuda::refuse_capture(
+          stream_, operation_,
+          "pages move from one launch to the next, which a graph would not repeat");
     }
 
    private:
     DeviceGuard guard_;
+    const char* operation_;
+    cudaStream_t stream_;
   };
 
   Device checked_device(const char* operation) const {
@@ -119,6 +96,7 @@ class CudaPagedBuffer final : public PagedBuffer {
 
   std::byte* do_begin(std::int64_t page, void* stream) override {
     const Entry entry(*this, "PagedBuffer.begin", stream);
+    entry.refuse_capture();
     Slot& slot = slot_of(page);
     check(slot.state != Slot::State::in_use, "PagedBuffer.begin: page ", page,
           " needs the room of page ", slot.page, ", which is in use; at most ", slots_.size(),
@@ -136,6 +114,7 @@ class CudaPagedBuffer final : public PagedBuffer {
 
   void do_end(std::int64_t page, void* stream) override {
     const Entry entry(*this, "PagedBuffer.end", stream);
+    entry.refuse_capture();
     Slot& slot = slot_of(page);
     record(slot.used, to_stream(stream));
     if (is_guest(page)) {
@@ -145,22 +124,41 @@ class CudaPagedBuffer final : public PagedBuffer {
     slot.state = Slot::State::empty;
   }
 
-  bool do_make_resident(void*, std::int64_t) override { return false; }
+  bool do_make_resident(void* stream, std::int64_t companion_bytes) override {
+    const Entry entry(*this, "PagedBuffer.make_resident", stream);
+    if (!may_be_resident()) return false;
+    if (page_count() == 0) return true;
+    if (is_capturing(to_stream(stream), "PagedBuffer.make_resident")) {
+      // A graph cannot wait for what is queued outside of it: these zeros.
+      const RelaxedCapture relaxed;
+      check_cuda(cudaEventSynchronize(zeroed_.get()), name);
+      return true;
+    }
+    if (!has_budget_ && !has_room(companion_bytes)) return false;
+    order(to_stream(stream), coming_.get());
+    order(going_.get(), coming_.get());
+    // Also what was asked before: it costs little where the pages are there, and brings those back
+    // that the driver has moved out since.
+    const bool is_asked = ask(PagePlace::device, 0, page_count());
+    order(coming_.get(), to_stream(stream));
+    return is_asked;
+  }
 
   void do_join(void* stream) override {
     const Entry entry(*this, "PagedBuffer.join", stream);
+    if (may_be_resident() && is_capturing(to_stream(stream), "PagedBuffer.join")) return;
+    entry.refuse_capture();
     order(coming_.get(), to_stream(stream));
     order(going_.get(), to_stream(stream));
+    if (may_be_resident()) order(to_stream(stream), going_.get());  // the destructor waits for it
   }
 
   void do_prefetch_to_device(std::int64_t first, std::int64_t last, void* stream) override {
     const Entry entry(*this, "PagedBuffer.prefetch_to_device", stream);
+    entry.refuse_capture();
     order(to_stream(stream), coming_.get());
     const std::int64_t first_guest = std::clamp(staying_pages_, first, last);
-    if (first < first_guest) {
-      memory_->queue_to_device(pages_range(first, first_guest), 0, coming_.get());
-      for (std::int64_t page = first; page < first_guest; ++page) note(page, PagePlace::device);
-    }
+    if (first < first_guest) ask(PagePlace::device, first, first_guest);
     for (std::int64_t page = first_guest; page < last; ++page) {
       const Slot& slot = slot_of(page);
       if (slot.state != Slot::State::empty && slot.page != page) break;  // no room beyond
@@ -170,6 +168,7 @@ class CudaPagedBuffer final : public PagedBuffer {
 
   void do_prefetch_to_host(std::int64_t first, std::int64_t last, void* stream) override {
     const Entry entry(*this, "PagedBuffer.prefetch_to_host", stream);
+    entry.refuse_capture();
     for (Slot& slot : slots_) {
       if (slot.state == Slot::State::loaded && slot.page >= first && slot.page < last) {
         slot.state = Slot::State::empty;
@@ -178,10 +177,53 @@ class CudaPagedBuffer final : public PagedBuffer {
     if (!memory_->has_host_copy()) {
       order(to_stream(stream), going_.get());
       order(coming_.get(), going_.get());
-      memory_->queue_to_host(pages_range(first, last), 0, going_.get());
+      ask(PagePlace::host, first, last);
       order(going_.get(), coming_.get());
+    } else {
+      for (std::int64_t page = first; page < last; ++page) note(page, PagePlace::host);
     }
-    for (std::int64_t page = first; page < last; ++page) note(page, PagePlace::host);
+  }
+
+  /// Whether all pages may be on the device at once, where they have one address.
+  bool may_be_resident() const {
+    return strategy() == PagingStrategy::managed && staying_pages_ == page_count();
+  }
+
+  bool is_zeroed() const {
+    const cudaError_t error = cudaEventQuery(zeroed_.get());
+    if (error == cudaErrorNotReady) {
+      cudaGetLastError();  // or the next one to ask would be told of it
+      return false;
+    }
+    check_cuda(error, name);
+    return true;
+  }
+
+  /// Whether the device has room for what is not there yet, of this buffer and as large a share of
+  /// its companions.
+  bool has_room(std::int64_t companion_bytes) const {
+    const RelaxedCapture relaxed;
+    std::size_t free = 0, total = 0;
+    check_cuda(cudaMemGetInfo(&free, &total), "PagedBuffer: cudaMemGetInfo");
+    // Pages that were asked to come are not all there before they are zeros.
+    const std::int64_t missing = is_zeroed() ? bytes() - bytes_asked_to_device() : bytes();
+    const double with_companions =
+        static_cast<double>(bytes() + companion_bytes) / static_cast<double>(bytes());
+    const auto spare = static_cast<double>(2 * page_bytes());
+    return with_companions * static_cast<double>(missing) + spare <= static_cast<double>(free) &&
+           with_companions * static_cast<double>(bytes()) + spare <= static_cast<double>(total);
+  }
+
+  /// Queues a request for pages, and notes it. That the driver refuses it is no error: a kernel then
+  /// reads pages of managed memory over the bus, and no step ends in its middle.
+  bool ask(PagePlace place, std::int64_t first, std::int64_t last, int slot = 0) {
+    const ByteRange range = pages_range(first, last);
+    const bool is_taken = place == PagePlace::device
+                              ? memory_->queue_to_device(range, slot, coming_.get())
+                              : memory_->queue_to_host(range, slot, going_.get());
+    if (!is_taken) note_refusal(range.bytes);
+    for (std::int64_t page = first; is_taken && page < last; ++page) note(page, place);
+    return is_taken;
   }
 
   /// Brings a page to its slot, unless it is there: no page in use is.
@@ -192,11 +234,10 @@ class CudaPagedBuffer final : public PagedBuffer {
     slot.state = Slot::State::empty;
     wait(coming_.get(), slot.saved);
     // Also a page that was asked to stay: the driver may have moved it out since.
-    memory_->queue_to_device(page_range(page), slot_index(page), coming_.get());
+    ask(PagePlace::device, page, page + 1, slot_index(page));
     record(slot.loaded, coming_.get());
     slot.page = page;
     slot.state = Slot::State::loaded;
-    note(page, PagePlace::device);
   }
 
   void send_back_unused(Slot& slot) {
@@ -209,9 +250,8 @@ class CudaPagedBuffer final : public PagedBuffer {
   }
 
   void save(Slot& slot) {
-    memory_->queue_to_host(page_range(slot.page), slot_index(slot.page), going_.get());
+    ask(PagePlace::host, slot.page, slot.page + 1, slot_index(slot.page));
     record(slot.saved, going_.get());
-    note(slot.page, PagePlace::host);
   }
 
   /// What is queued on `second` from here on waits for what is on `first`.
@@ -240,8 +280,9 @@ class CudaPagedBuffer final : public PagedBuffer {
   pid_t owner_ = getpid();
   std::unique_ptr<PageMemory> memory_;  // null if there are no bytes
   std::int64_t staying_pages_;
+  bool has_budget_;
   OwnedStream coming_, going_;
-  OwnedEvent link_;
+  OwnedEvent link_, zeroed_;
   std::vector<Slot> slots_;
 };
 
@@ -251,7 +292,7 @@ std::unique_ptr<PagedBuffer> make_cuda_paged_buffer(Device device,
                                                     const PagedBufferOptions& options) {
   const DeviceGuard guard(device, "PagedBuffer");
   const RelaxedCapture relaxed;
-  const Plan plan = make_plan(device, options);
+  const PagingPlan plan = make_paging_plan(device, options);
   std::unique_ptr<PageMemory> memory;
   if (options.bytes > 0) {
     memory =
@@ -260,7 +301,9 @@ std::unique_ptr<PagedBuffer> make_cuda_paged_buffer(Device device,
                                  std::min(plan.staying_pages * options.page_bytes, options.bytes))
             : make_pinned_pages(options.bytes, options.page_bytes, plan.slot_count);
   }
-  return std::make_unique<CudaPagedBuffer>(device, options, plan, std::move(memory));
+  auto buffer = std::make_unique<CudaPagedBuffer>(device, options, plan, std::move(memory));
+  buffer->queue_zeros();
+  return buffer;
 }
 
 }  // namespace qlora::cuda

@@ -6,7 +6,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "cuda/adamw_arguments.h"
+#include "cuda/optimizer_arguments.h"
 #include "cuda/ptx.cuh"
 
 namespace qlora::cuda {
@@ -84,6 +84,21 @@ __device__ inline Quad widen(FloatKind kind, const RawQuad& raw) {
   return std::bit_cast<Quad>(raw);
 }
 
+/// Stores a quad of a 16-bit dtype. Writes nothing beyond the end of the chunk or block.
+__device__ inline void store_halves(void* elements, const QuadPlace& at, const Bytes8& bytes) {
+  auto* const target = static_cast<std::uint16_t*>(elements) + at.first;
+  if (at.is_vector) {
+    store_8_bytes(target, bytes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (at.has(i)) {
+        target[i] = static_cast<std::uint16_t>(bytes.words[i / 2] >> (16 * (i % 2)));
+      }
+    }
+  }
+}
+
 /// Rounds once. Writes nothing beyond the end of the chunk or block.
 __device__ inline void store_quad(FloatKind kind, void* elements, const QuadPlace& at,
                                   const Quad& quad) {
@@ -109,17 +124,7 @@ __device__ inline void store_quad(FloatKind kind, void* elements, const QuadPlac
     bytes.words[i] = kind == FloatKind::bfloat16 ? round_pair<BFloat16>(low, high)
                                                  : round_pair<Float16>(low, high);
   }
-  auto* const target = static_cast<std::uint16_t*>(elements) + at.first;
-  if (at.is_vector) {
-    store_8_bytes(target, bytes);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (at.has(i)) {
-        target[i] = static_cast<std::uint16_t>(bytes.words[i / 2] >> (16 * (i % 2)));
-      }
-    }
-  }
+  store_halves(elements, at, bytes);
 }
 
 /// Four 8-bit codes, as one little-endian word.

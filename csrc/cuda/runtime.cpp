@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include <cuda.h>
@@ -179,6 +180,20 @@ void allow_shared_bytes(const void* kernel, int bytes, const char* operation, cu
   known = bytes;
 }
 
+void load_kernel(const void* kernel, const char* operation) {
+  static std::mutex mutex;
+  static auto& loaded = *new std::set<std::pair<int, const void*>>;  // as `allowed` above
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), operation);
+  const std::lock_guard lock(mutex);
+  if (loaded.contains({device, kernel})) return;
+  const RelaxedCapture relaxed;
+  cudaFuncAttributes attributes{};  // to ask for them loads the kernel
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel),
+             message(operation, ": loading a kernel").c_str());
+  loaded.emplace(device, kernel);
+}
+
 void check_stream(cudaStream_t stream, const char* operation) {
   // The default streams are those of the current device, whichever it is.
   if (stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread) return;
@@ -230,10 +245,14 @@ StreamBuffer::StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* o
 
 StreamBuffer::~StreamBuffer() { is_pooled_ ? cudaFreeAsync(data_, stream_) : cudaFree(data_); }
 
-void refuse_capture(cudaStream_t stream, const char* operation, const char* reason) {
+bool is_capturing(cudaStream_t stream, const char* operation) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &status), operation);
-  if (status != cudaStreamCaptureStatusNone) {
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void refuse_capture(cudaStream_t stream, const char* operation, const char* reason) {
+  if (is_capturing(stream, operation)) {
     throw Unsupported(message(operation, ": the stream records a CUDA graph, but ", reason));
   }
 }

@@ -31,6 +31,11 @@ inline void check_cuda(cudaError_t error, const char* what) {
 /// device. A look-up, but for the first time; allowed while a CUDA graph is recorded.
 void allow_shared_bytes(const void* kernel, int bytes, const char* operation, cudaStream_t stream);
 
+/// Has the code of `kernel` on the current device, which its first launch would otherwise see to:
+/// for want of memory a launch after this one does not fail. A look-up, but for the first time;
+/// allowed while a CUDA graph is recorded.
+void load_kernel(const void* kernel, const char* operation);
+
 /// Throws InvalidArgument if `stream` belongs to another device than the current one. For work that
 /// CUDA queues on any stream without a word, such as copies: a launch needs no check.
 void check_stream(cudaStream_t stream, const char* operation);
@@ -97,6 +102,8 @@ class StreamBuffer {
 /// Throws Unsupported unless the driver is for CUDA `version` (1000 * major + 10 * minor) or newer.
 /// `reason` says what needs it.
 void check_driver(int version, const char* operation, const char* reason);
+
+bool is_capturing(cudaStream_t stream, const char* operation);
 
 /// Throws Unsupported, for the given reason, while `stream` records a CUDA graph.
 void refuse_capture(cudaStream_t stream, const char* operation,

@@ -159,6 +159,7 @@ class PagedReport(TypedDict):
     device_bytes: int
     moved_to_device_bytes: int
     moved_to_host_bytes: int
+    refused_bytes: int
 
 class PagedBuffer:
     """Memory for optimiser state, in pages that need not all be on the device at a time.
@@ -240,9 +241,10 @@ class PagedState:
     def report(self) -> PagedReport: ...
 
 class PagedStep:
-    """A step of an optimiser on parameters with state in pages; its arguments are checked once.
+    """A step of an optimiser on parameters with state in pages, in three parts.
 
-    The caller keeps the tensors until it has run.
+    Its arguments are checked when it is made, `prepare` takes the memory that it needs, `run` runs
+    it, once. The caller keeps the tensors until then.
     """
 
     def __init__(
@@ -265,4 +267,5 @@ class PagedStep:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None: ...
-    def run(self, num_threads: int, stream: int) -> None: ...
+    def prepare(self, num_threads: int, stream: int) -> None: ...
+    def run(self) -> None: ...

@@ -189,22 +189,40 @@ EXPECTATIONS = (
         "Philox's multiplications need many warps to hide behind the memory's accesses",
     ),
     Expectation(
-        r"adamw_rules_kernel",
+        r"optimizer_rules_kernel<.*>",
         1,
         (),
         "a thread a tensor: the step's numbers, in fp64",
     ),
     Expectation(
-        r"adamw_kernel",
-        2,
+        r"optimizer_kernel<AdamWRule, (true|false)>",
+        4,
         (LOAD_16, STORE_16),
-        "512 threads, each with several 16-byte accesses on their way, fill the bandwidth",
+        "1024 threads, each with several accesses on their way, fill the bandwidth",
     ),
     Expectation(
-        r"adamw8bit_kernel",
-        2,
-        (),
+        r"optimizer_kernel<LionRule, (true|false)>",
+        5,
+        (LOAD_16, STORE_16),
+        "as AdamW, with less to be read by each",
+    ),
+    Expectation(
+        r"optimizer8bit_kernel<AdamWRule, (true|false)>",
+        3,
+        (LOAD_16, STORE_16),
         "two look-ups and two encodings an element: arithmetic counts as much as the memory",
+    ),
+    Expectation(
+        r"optimizer8bit_kernel<LionRule, false>",
+        4,
+        (LOAD_16, STORE_16),
+        "as AdamW, with one moment",
+    ),
+    Expectation(
+        r"optimizer8bit_kernel<LionRule, true>",
+        3,
+        (LOAD_16, STORE_16),
+        "as AdamW: random numbers take the registers that the second moment leaves",
     ),
 )
 

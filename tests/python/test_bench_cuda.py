@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bench_cuda
+import bench_optim
 import cuda_clock
 import cuda_device
 import cuda_harness
@@ -73,6 +74,7 @@ def test_a_goal_without_its_contender_has_no_verdict():
 
 def test_every_goal_is_of_a_row_that_there_is():
     works = list(bench_cuda.all_works(["4096x4096", "4096x14336"], CPU, quick=False))
+    works += bench_optim.cuda_works(torch.device("cuda"), Path("unused"))
     keys = {work.key for work in works}
     sizes = {work.size for work in works}
     assert {goal.key for goal in CUDA_GOALS} <= keys

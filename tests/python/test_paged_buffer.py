@@ -131,6 +131,7 @@ def test_on_the_cpu_nothing_moves():
         "device_bytes": 0,
         "moved_to_device_bytes": 0,
         "moved_to_host_bytes": 0,
+        "refused_bytes": 0,
     }
 
 
@@ -207,6 +208,9 @@ def test_steps_on_a_gpu_give_the_bytes_of_the_cpu(page_bytes, strategy, resident
     buffer = gpu_buffer(pages, page_bytes, strategy, resident)
     values = torch.randn(pages * page_bytes // 4)
     state = tensor_of(buffer.memory(0, buffer.bytes)).view(torch.float32)
+    buffer.join(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    assert not state.any()
     state.copy_(values)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()

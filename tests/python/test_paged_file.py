@@ -161,7 +161,8 @@ def steps(enter, page_file):
                      [0, 1, 2, 3], lr=0.25, beta1=0.5, beta2=0.5, eps=0.0, weight_decay=0.0,
                      maximize=False)
     for _ in range(2):
-        step.run(2, 0)
+        step.prepare(2, 0)
+        step.run()
     assert [c.item() for c in counts] == [2.0] * 4
     for p in params:  # a gradient that does not change: a step of lr each time
         assert max(abs(p.min() + 0.5), abs(p.max() + 0.5)) < 1e-6, p

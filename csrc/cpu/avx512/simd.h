@@ -95,10 +95,15 @@ struct Simd {
   }
 
   /// table[index[i]].
-  QLORA_INLINE static Floats gather(const float* table, const std::uint8_t* index) {
+  QLORA_INLINE static Floats look_up(const float* table, const std::uint8_t* index) {
     const __m512i lane_index =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
-    return {_mm512_i32gather_ps(lane_index, table, 4)};
+    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), all_lanes(), lane_index, table,
+                                     sizeof(float))};
+  }
+  QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
+    return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), all_lanes(), index.v, table,
+                                        sizeof(std::uint32_t))};
   }
 
   QLORA_INLINE static void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
@@ -162,16 +167,6 @@ struct Simd {
     return {_mm512_maskz_mov_epi32(is_not_zero, a.v)};
   }
 
-  /// table[index]
-  QLORA_INLINE static Floats look_up(const float* table, Ints index) {
-    return {
-        _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all_lanes(), index.v, table, sizeof(float))};
-  }
-  QLORA_INLINE static Ints look_up(const std::uint32_t* table, Ints index) {
-    return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), all_lanes(), index.v, table,
-                                        sizeof(std::uint32_t))};
-  }
-
   /// `x` where the unsigned `a` is at least `b`, else +0.
   QLORA_INLINE static Floats keep_where_at_least(Ints a, Ints b, Floats x) {
     return {_mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(a.v, b.v), x.v)};
@@ -215,9 +210,6 @@ struct Simd {
     }
   }
 
-  QLORA_INLINE static Ints load_bytes(const std::uint8_t* p) {
-    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-  }
   /// Stores the four times 16 words, each at most 255, as bytes.
   QLORA_INLINE static void store_bytes(std::uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
     // Packing works within quarters of a register: the result's words are to be transposed.

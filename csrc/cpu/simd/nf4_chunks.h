@@ -63,11 +63,11 @@ void decode_scales(const NF4Bytes& weight, std::int64_t first, std::int64_t coun
     const auto group_absmax =
         Simd::broadcast(without_payload(load_float(weight.nested_absmax, group)));
     if (run == Simd::lanes) {
-      Simd::store(out + done, Simd::gather(map, weight.absmax + block) * group_absmax + offset);
+      Simd::store(out + done, Simd::look_up(map, weight.absmax + block) * group_absmax + offset);
     } else {
       std::uint8_t codes[Simd::lanes] = {};
       __builtin_memcpy(codes, weight.absmax + block, static_cast<std::size_t>(run));
-      Simd::store_partial(out + done, Simd::gather(map, codes) * group_absmax + offset, run);
+      Simd::store_partial(out + done, Simd::look_up(map, codes) * group_absmax + offset, run);
     }
     done += run;
   }

@@ -105,7 +105,7 @@ struct MomentMap<Simd, 0> {
 
   static constexpr std::uint8_t zero_code = dynamic_map_signed_zero_code;
 
-  QLORA_INLINE static Floats decode(Ints codes) {
+  QLORA_INLINE static Floats decode(const std::uint8_t* codes) {
     return Simd::look_up(signed_dynamic_map_table.values.data(), codes);
   }
 
@@ -126,7 +126,7 @@ struct MomentMap<Simd, 1> {
 
   static constexpr std::uint8_t zero_code = dynamic_map_unsigned_zero_code;
 
-  QLORA_INLINE static Floats decode(Ints codes) {
+  QLORA_INLINE static Floats decode(const std::uint8_t* codes) {
     return Simd::look_up(unsigned_dynamic_map_table.values.data(), codes);
   }
 
@@ -164,7 +164,7 @@ class BlockUpdate {
       const std::int64_t i = first + j * Simd::lanes;
       Floats moments[moment_count];
       for_each_moment<moment_count>([&](auto m) QLORA_INLINE_LAMBDA {
-        moments[m] = MomentMap<Simd, m>::decode(Simd::load_bytes(block_.codes[m] + i)) * scales_[m];
+        moments[m] = MomentMap<Simd, m>::decode(block_.codes[m] + i) * scales_[m];
       });
       Floats p = Simd::load(block_.param + i);
       rule_(p, Simd::load(block_.grad + i), moments);

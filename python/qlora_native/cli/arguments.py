@@ -50,7 +50,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=positive_int, default=512, help="tokens (default: %(default)s)")
     add(
         "--optimizer",
-        choices=("paged_adamw", "paged_adamw8bit"),
+        choices=("paged_adamw", "paged_adamw8bit", "paged_lion", "paged_lion8bit"),
         default="paged_adamw",
         help="default: %(default)s",
     )

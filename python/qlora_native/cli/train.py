@@ -11,7 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native
-from qlora_native import PagedAdamW, PagedAdamW8bit, add_lora, count_parameters, quantize_model
+from qlora_native import (
+    PagedAdamW,
+    PagedAdamW8bit,
+    PagedLion,
+    PagedLion8bit,
+    add_lora,
+    count_parameters,
+    quantize_model,
+)
 from qlora_native.cli.batches import shuffled_batches
 from qlora_native.cli.dataset import Columns, read_examples
 from qlora_native.cli.devices import choose_device
@@ -19,7 +27,12 @@ from qlora_native.cli.errors import CommandError, make_output_folder
 from qlora_native.cli.training import TrainingRun, progress_bar, shown_on, train_model
 from qlora_native.hf import adapter_files, save_lora
 
-OPTIMIZERS = {"paged_adamw": PagedAdamW, "paged_adamw8bit": PagedAdamW8bit}
+OPTIMIZERS = {
+    "paged_adamw": PagedAdamW,
+    "paged_adamw8bit": PagedAdamW8bit,
+    "paged_lion": PagedLion,
+    "paged_lion8bit": PagedLion8bit,
+}
 
 # Not config.json: transformers would take the adapter's folder for a model's.
 CONFIG_FILE = "training_config.json"

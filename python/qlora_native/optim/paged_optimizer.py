@@ -17,7 +17,7 @@ from qlora_native.optim.shards import check_shards
 from qlora_native.optim.state_dicts import check_state_dict, pair_with_parameters, with_own_steps
 from qlora_native.optim.state_kind import Rule, StateKind, check_state
 from qlora_native.optim.state_pages import PagingOptions, Slot, StatePages
-from qlora_native.optim.step import Batch, Scaling, make_calls, run_calls
+from qlora_native.optim.step import Batch, Scaling, make_calls, prepare_calls, run_calls
 from qlora_native.sharding import is_sharded
 
 PAGE_BYTES = 32 << 20  # csrc/core/paged_buffer.h says why
@@ -68,13 +68,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         paging: str,
         page_file: str | os.PathLike[str] | None,
     ) -> None:
-        if paging not in ("automatic", "managed", "pinned"):
-            raise ValueError(
-                f"{type(self).__name__}: paging is {paging!r}, want 'automatic', 'managed' or "
-                "'pinned'"
-            )
         directory = None if page_file is None else os.path.abspath(os.fspath(page_file))
-        self._pages = StatePages(PagingOptions(page_bytes, resident_bytes, paging, directory))
+        options = PagingOptions(page_bytes, resident_bytes, paging, directory)
+        options.check(type(self).__name__)
+        self._pages = StatePages(options)
         self._moved_before: list[_core.PagedReport] = []
         super().__init__(params, complete_group(type(self).__name__, defaults))
         self._reserve()
@@ -134,8 +131,13 @@ class PagedOptimizer(torch.optim.Optimizer):
             slot = slots.get(id(param))
             if not (id(param) in needed or slot is not None or param.requires_grad):
                 continue
-            check_steppable(name, param)
-            kind = self._kind_of(param)
+            try:
+                check_steppable(name, param)
+                kind = self._kind_of(param)
+            except NotImplementedError:
+                if id(param) in needed:
+                    raise
+                continue  # it may never have a gradient
             is_kept = keeps_state or id(param) not in needed
             if is_kept and slot is not None and slot.holds(self.state.get(param)):
                 if not slot.fits(param, kind):
@@ -146,6 +148,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                     )
                 live.append(param)
             wanted.append((number, param, kind))
+        self._wait_for_copies()
         self._pages.lay_out(wanted, live)
         self._moved_before = []  # of pages that are no more
         for param in live:
@@ -192,16 +195,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         batches, fresh = self._gather()
         # All groups are checked before the first is updated.
         calls = make_calls(name, batches, scaling)
+        prepare_calls(calls)
         for slot in fresh:
             slot.clear()
-            self.state[slot.param].update(slot.views)
+            self.state[slot.param] = dict(slot.views)
         self._moved_before = [buffer.report() for buffer in self._pages.buffers]
-        try:
-            run_calls(calls)
-        except BaseException:
-            for slot in fresh:
-                del self.state[slot.param]
-            raise
+        run_calls(calls)
         return loss
 
     def _gather(self) -> tuple[list[Batch], list[Slot]]:
@@ -250,9 +249,7 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the step counts on the CPU; the moments are those in the pages."""
-        for buffer in self._pages.buffers:
-            if buffer.strategy == "pinned":  # copies to the host may still be on their way
-                torch.cuda.current_stream(torch.device(buffer.device)).synchronize()
+        self._wait_for_copies()
         return with_own_steps(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,6 +277,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 self._check_state(f"{type(self).__name__}: state of parameter {i}", param, state)
             # What is needed is taken before anything changes.
             self._lay_out((param for _, param, _ in pairs), keeps_state=False)
+            self._wait_for_copies()
             loaded.extend((param, state) for _, param, state in pairs)
             return {**final, "state": {}}
 
@@ -306,16 +304,23 @@ class PagedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{where} has {sorted(state)}, want {sorted(kind.names)}")
         check_state(where, param, state, kind)
 
+    def _wait_for_copies(self) -> None:
+        """For those to pinned memory, which the host is about to read or write."""
+        for pages in self._pages.buffers:
+            if pages.strategy == "pinned":
+                torch.cuda.current_stream(torch.device(pages.device)).synchronize()
+
     # ---- copies
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle keep: groups, state as ordinary tensors, and how it is paged."""
+        self._wait_for_copies()
         return {
             **super().__getstate__(),
             "state": defaultdict(
                 dict,
                 {
-                    param: {name: value.detach().clone() for name, value in state.items()}
+                    param: {name: _ordinary_copy(value) for name, value in state.items()}
                     for param, state in self.state.items()
                 },
             ),
@@ -324,8 +329,8 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What copy, pickle and load_state_dict restore. State goes into pages at the next step."""
-        options = state.pop("paging_options", None)
-        super().__setstate__(state)
+        options = state.get("paging_options")
+        super().__setstate__({key: state[key] for key in state if key != "paging_options"})
         if options is not None:
             self._pages = StatePages(options)
             self._moved_before = []
@@ -333,3 +338,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in complete_group(type(self).__name__, dict(self.defaults)).items():
                 group.setdefault(key, value)
+
+
+def _ordinary_copy(value: Any) -> Any:
+    """A tensor of its own memory: on the CPU, where there is more of it, but for a DTensor."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone() if is_sharded(value) else value.detach().to("cpu", copy=True)

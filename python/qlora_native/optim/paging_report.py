@@ -100,5 +100,5 @@ def _part(pages: _core.PagedState, then: "_core.PagedReport") -> PagesReport:
         unknown_bytes=now["unknown_bytes"],
         moved_to_device_bytes=now["moved_to_device_bytes"] - then["moved_to_device_bytes"],
         moved_to_host_bytes=now["moved_to_host_bytes"] - then["moved_to_host_bytes"],
-        refused_bytes=now.get("refused_bytes", 0) - then.get("refused_bytes", 0),
+        refused_bytes=now["refused_bytes"] - then["refused_bytes"],
     )

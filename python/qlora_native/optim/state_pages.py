@@ -18,6 +18,8 @@ from qlora_native.ops.storage import execution
 from qlora_native.optim.state_kind import BLOCK, StateKind, block_count
 from qlora_native.sharding import as_shard_of, is_sharded, local_part
 
+_STRATEGIES = ("automatic", "managed", "pinned")
+
 
 class PagingOptions(NamedTuple):
     """How an optimiser's state is kept; `qlora_native.optim.PagedOptimizer` explains each."""
@@ -26,6 +28,17 @@ class PagingOptions(NamedTuple):
     resident_bytes: int | None
     paging: str
     page_file: str | None
+
+    def check(self, name: str) -> None:
+        """Raise ValueError for what is wrong whatever the state; the core checks the rest."""
+        if self.paging not in _STRATEGIES:
+            raise ValueError(
+                f"{name}: paging is {self.paging!r}, want 'automatic', 'managed' or 'pinned'"
+            )
+        for argument in ("page_bytes", "resident_bytes"):
+            value = getattr(self, argument)
+            if not isinstance(value, int) and not (value is None and argument == "resident_bytes"):
+                raise ValueError(f"{name}: {argument} is {value!r}, want a number of bytes")
 
 
 class Slot:

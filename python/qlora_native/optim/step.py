@@ -57,10 +57,16 @@ def make_calls(name: str, batches: list[Batch], scaling: Scaling) -> list[Call]:
     return calls
 
 
-def run_calls(calls: list[Call]) -> None:
-    """Run them, one after the other, on the current stream of each one's device."""
+def prepare_calls(calls: list[Call]) -> None:
+    """Take the memory that they need, on the current stream of each one's device."""
     for call in calls:
-        run_core(call.step.run, *execution(torch.empty(0, device=call.device)))
+        run_core(call.step.prepare, *execution(call.kept[0][0]))
+
+
+def run_calls(calls: list[Call]) -> None:
+    """Run them, one after the other."""
+    for call in calls:
+        call.step.run()
         for param, stepped in call.copies:
             param.copy_(stepped)
         if call.written:

@@ -192,6 +192,19 @@ TEST_F(PagedBufferFile, BeginAsksForThePageAndTheNextOne) {
   EXPECT_EQ(bytes_in_memory(*buffer), 0);
 }
 
+TEST_F(PagedBufferFile, BeginAsksForAllOfALargePage) {
+  if (directory.is_memory()) GTEST_SKIP() << directory.path() << " is on a tmpfs: nothing goes";
+  constexpr std::int64_t bytes =
+      PagedBufferOptions{}.page_bytes;  // more than the kernel reads ahead
+  const auto buffer = make(bytes, std::nullopt, bytes);
+  std::memset(buffer->data(), 1, bytes);
+  buffer->prefetch_to_host({0, bytes}, no_stream);
+  buffer->join(no_stream);
+  ASSERT_EQ(bytes_in_memory(*buffer), 0);
+  buffer->begin(0, no_stream);
+  EXPECT_TRUE(comes_to(bytes, *buffer));
+}
+
 TEST_F(PagedBufferFile, APageThatWasAskedForInVainMakesRoom) {
   const auto buffer = make(8 * page_bytes, 2 * page_bytes);
   step_pages(*buffer, 1);

@@ -217,79 +217,73 @@ TEST_P(CudaDtypeOperations, DropoutGivesTheCpuBits) {
   }
 }
 
-constexpr std::int64_t adamw_counts[] = {1, 255, 256, 1000};
+/// A parameter with its state; what a step does not have is absent.
+struct OptimizerCase {
+  HostTensor param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax;
+};
 
-HostTensor zeros(DType dtype, std::int64_t count) {
-  return {dtype, {count}, std::vector<double>(static_cast<std::size_t>(count))};
+OptimizerCase optimizer_case(OptimizerRule rule, bool is_8bit, DType dtype, std::int64_t count,
+                             Generator& generator) {
+  const auto zeros = [](bool is_there, DType type, std::int64_t size) {
+    return is_there ? HostTensor(type, {size}, std::vector<double>(static_cast<std::size_t>(size)))
+                    : HostTensor();
+  };
+  const DType moment = is_8bit ? DType::uint8 : DType::float32;
+  const std::int64_t blocks = (count + state_block_size - 1) / state_block_size;
+  const bool has_second = rule == OptimizerRule::adamw;
+  OptimizerCase out{HostTensor::random(dtype, {count}, generator),
+                    HostTensor::random(dtype, {count}, generator, 0.01),
+                    zeros(true, moment, count),
+                    zeros(is_8bit, DType::float32, blocks),
+                    zeros(has_second, moment, count),
+                    zeros(has_second && is_8bit, DType::float32, blocks)};
+  if (is_8bit) {
+    for (std::uint8_t& code : out.exp_avg.bytes()) code = 127;  // 0 in the signed map
+  }
+  return out;
 }
 
-TEST_P(CudaDtypeOperations, AdamWStepsAListOfTensorsToTheCpuBits) {
-  struct State {
-    HostTensor param, grad, exp_avg, exp_avg_sq;
-  };
-  std::vector<State> expected;
-  for (const std::int64_t count : adamw_counts) {
-    expected.push_back({HostTensor::random(dtype, {count}, generator),
-                        HostTensor::random(dtype, {count}, generator, 0.01),
-                        zeros(DType::float32, count), zeros(DType::float32, count)});
-  }
-  std::vector<State> actual = expected;
-  const auto run = [](std::vector<State>& states, auto&& place) {
-    std::vector<OptimizerTensor> tensors;
-    for (State& s : states) {
-      tensors.push_back(
-          with_32bit_state(place(s.param), place(s.grad), place(s.exp_avg), place(s.exp_avg_sq)));
+TEST_P(CudaDtypeOperations, OptimizersStepAListOfTensorsToTheCpuBits) {
+  for (const OptimizerRule rule : {OptimizerRule::adamw, OptimizerRule::lion}) {
+    for (const bool is_8bit : {false, true}) {
+      for (const bool is_stochastic : {false, true}) {
+        if (is_stochastic && dtype == DType::float16) continue;
+        SCOPED_TRACE(message(optimizer_step_name(rule, is_8bit),
+                             is_stochastic ? ", stochastic rounding" : ""));
+        std::vector<OptimizerCase> expected;
+        for (const std::int64_t count : {1, 255, 256, 1000}) {
+          expected.push_back(optimizer_case(rule, is_8bit, dtype, count, generator));
+        }
+        std::vector<OptimizerCase> actual = expected;
+        const auto run = [&](std::vector<OptimizerCase>& cases, auto&& place) {
+          std::vector<OptimizerTensor> tensors;
+          for (OptimizerCase& c : cases) {
+            OptimizerTensor& tensor = tensors.emplace_back(with_8bit_state(
+                place(c.param), place(c.grad), place(c.exp_avg), place(c.exp_avg_absmax),
+                place(c.exp_avg_sq), place(c.exp_avg_sq_absmax)));
+            tensor.number = static_cast<std::int64_t>(tensors.size());
+          }
+          OptimizerStep step;
+          if (is_stochastic) step.rounding_seed = 71;
+          for (step.step = 1; step.step <= 2; ++step.step) {
+            optimizer_step(rule, tensors, step, {});
+          }
+        };
+        run(expected, [](HostTensor& tensor) { return tensor.view(); });
+        {
+          OnDevice device;
+          run(actual, device);
+        }
+        for (std::size_t i = 0; i < actual.size(); ++i) {
+          const OptimizerCase &a = actual[i], &e = expected[i];
+          expect_same_bytes(a.param, e.param, "param");
+          expect_same_bytes(a.exp_avg, e.exp_avg, "exp_avg");
+          expect_same_bytes(a.exp_avg_absmax, e.exp_avg_absmax, "exp_avg_absmax");
+          expect_same_bytes(a.exp_avg_sq, e.exp_avg_sq, "exp_avg_sq");
+          expect_same_bytes(a.exp_avg_sq_absmax, e.exp_avg_sq_absmax, "exp_avg_sq_absmax");
+        }
+      }
     }
-    for (const std::int64_t t : {1, 2}) adamw_step(tensors, {{.step = t}, {}, {}, {}}, {});
-  };
-  run(expected, [](HostTensor& tensor) { return tensor.view(); });
-  {
-    OnDevice device;
-    run(actual, device);
-  }
-  for (std::size_t i = 0; i < actual.size(); ++i) {
-    expect_same_bytes(actual[i].param, expected[i].param, "param");
-    expect_same_bytes(actual[i].exp_avg, expected[i].exp_avg, "exp_avg");
-    expect_same_bytes(actual[i].exp_avg_sq, expected[i].exp_avg_sq, "exp_avg_sq");
-  }
-}
-
-TEST_P(CudaDtypeOperations, AdamW8bitStepsAListOfTensorsToTheCpuBits) {
-  struct State {
-    HostTensor param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax;
-  };
-  std::vector<State> expected;
-  for (const std::int64_t count : adamw_counts) {
-    const std::int64_t blocks = (count + state_block_size - 1) / state_block_size;
-    HostTensor zero_codes = zeros(DType::uint8, count);
-    for (std::uint8_t& code : zero_codes.bytes()) code = 127;  // 0 in the signed map
-    expected.push_back({HostTensor::random(dtype, {count}, generator),
-                        HostTensor::random(dtype, {count}, generator, 0.01), zero_codes,
-                        zeros(DType::float32, blocks), zeros(DType::uint8, count),
-                        zeros(DType::float32, blocks)});
-  }
-  std::vector<State> actual = expected;
-  const auto run = [](std::vector<State>& states, auto&& place) {
-    std::vector<OptimizerTensor> tensors;
-    for (State& s : states) {
-      tensors.push_back(with_8bit_state(place(s.param), place(s.grad), place(s.exp_avg),
-                                        place(s.exp_avg_absmax), place(s.exp_avg_sq),
-                                        place(s.exp_avg_sq_absmax)));
-    }
-    for (const std::int64_t t : {1, 2}) adamw_step(tensors, {{.step = t}, {}, {}, {}}, {});
-  };
-  run(expected, [](HostTensor& tensor) { return tensor.view(); });
-  {
-    OnDevice device;
-    run(actual, device);
-  }
-  for (std::size_t i = 0; i < actual.size(); ++i) {
-    expect_same_bytes(actual[i].param, expected[i].param, "param");
-    expect_same_bytes(actual[i].exp_avg, expected[i].exp_avg, "exp_avg");
-    expect_same_bytes(actual[i].exp_avg_absmax, expected[i].exp_avg_absmax, "exp_avg_absmax");
-    expect_same_bytes(actual[i].exp_avg_sq, expected[i].exp_avg_sq, "exp_avg_sq");
-    expect_same_bytes(actual[i].exp_avg_sq_absmax, expected[i].exp_avg_sq_absmax,
-                      "exp_avg_sq_absmax");
   }
 }
 

@@ -13,6 +13,7 @@
 
 #include "cuda/emulation/emulator.h"
 #include "cuda/emulation/streams.h"
+#include "format/nf4_layout.h"
 #include "support/expect_error.h"
 
 namespace qlora {
@@ -25,7 +26,7 @@ using emulator::Turn;
 using emulator::Work;
 
 constexpr std::int64_t page_bytes = PagedBufferOptions::page_unit;
-constexpr std::int64_t bytes = 6 * page_bytes + 4096;  // seven pages, the last one short
+constexpr std::int64_t bytes = 6 * page_bytes + 1024;  // seven pages, the last one short
 constexpr std::int64_t page_count = 7;
 
 /// The stream of a caller, on the current device.
@@ -72,6 +73,23 @@ std::unique_ptr<PagedBuffer> make(const Settings& settings) {
   return make_paged_buffer({DeviceType::cuda, 0}, options);
 }
 
+/// Waits for what making the buffer has queued.
+void settle(PagedBuffer& buffer, cudaStream_t stream) {
+  buffer.join(stream);
+  cudaStreamSynchronize(stream);
+}
+
+std::unique_ptr<PagedBuffer> make_settled(const Settings& settings, cudaStream_t stream) {
+  auto buffer = make(settings);
+  settle(*buffer, stream);
+  return buffer;
+}
+
+bool is_all_zeros(const PagedBuffer& buffer) {
+  return std::all_of(buffer.data(), buffer.data() + buffer.bytes(),
+                     [](std::byte value) { return value == std::byte{0}; });
+}
+
 /// What an optimiser would do to a page: it depends on what was there, on the place and on the step.
 void change(std::byte* memory, const ByteRange& range, int step) {
   for (std::int64_t i = 0; i < range.bytes; i += 64) {
@@ -93,8 +111,8 @@ void walk(PagedBuffer& buffer, cudaStream_t stream, int step) {
   buffer.join(stream);
 }
 
-std::vector<std::byte> expected_after(int steps) {
-  std::vector<std::byte> memory(static_cast<std::size_t>(bytes));
+std::vector<std::byte> expected_after(int steps, std::byte first = {}) {
+  std::vector<std::byte> memory(static_cast<std::size_t>(bytes), first);
   for (int step = 0; step < steps; ++step) {
     for (std::int64_t offset = 0; offset < bytes; offset += page_bytes) {
       change(memory.data() + offset, {offset, std::min(page_bytes, bytes - offset)}, step);
@@ -115,11 +133,10 @@ TEST_P(CudaPaging, StepsGiveTheSameBytesHoweverLateAndInWhicheverOrderStreamsRun
     for (unsigned seed = 1; seed <= (turn == Turn::shuffled ? 20 : 1); ++seed) {
       streams().turn = turn;
       streams().seed = seed;
+      device().synchronize_count = 0;
       const Stream stream;
       const auto buffer = make(GetParam());
       ASSERT_EQ(buffer->page_count(), page_count);
-      std::memset(buffer->data(), 0, static_cast<std::size_t>(bytes));
-      device().synchronize_count = 0;
       for (int step = 0; step < 3; ++step) walk(*buffer, stream, step);
       EXPECT_EQ(device().synchronize_count, 0) << "a step waited for the device";
       cudaStreamSynchronize(stream);
@@ -155,7 +172,7 @@ TEST_P(CudaPaging, APageArrivesBeforeTheWorkOnItAndLeavesAfter) {
     streams().turn = Turn::shuffled;
     streams().seed = seed;
     const Stream stream;
-    const auto buffer = make(GetParam());
+    const auto buffer = make_settled(GetParam(), stream);
     streams().done.clear();
     walk(*buffer, stream, 0);
     cudaStreamSynchronize(stream);
@@ -178,6 +195,7 @@ TEST_P(CudaPaging, APageArrivesBeforeTheWorkOnItAndLeavesAfter) {
           EXPECT_EQ(state, State::worked_on);
           state = State::gone;
           break;
+        case Kind::set_bytes: ADD_FAILURE(); break;
       }
     }
     for (const State state : states) EXPECT_GE(state, State::worked_on);
@@ -217,34 +235,68 @@ TEST_P(CudaPaging, TheAccountAddsUp) {
     EXPECT_EQ(report.unknown_bytes + report.host_bytes + report.device_bytes, bytes);
   };
   expect_sum();
-  EXPECT_EQ(buffer->report().device_bytes, 0);
+  const PagedBufferReport fresh = buffer->report();
+  EXPECT_EQ(fresh.unknown_bytes, 0);
+  EXPECT_EQ(fresh.moved_to_device_bytes, buffer->strategy() == PagingStrategy::managed ? bytes : 0);
+  EXPECT_EQ(fresh.moved_to_device_bytes - fresh.moved_to_host_bytes, fresh.device_bytes);
   walk(*buffer, stream, 0);
   expect_sum();
-  EXPECT_EQ(buffer->report().unknown_bytes, 0);
-  EXPECT_EQ(buffer->report().moved_to_device_bytes, bytes);
-  EXPECT_EQ(buffer->report().moved_to_host_bytes, buffer->report().host_bytes);
-  buffer->prefetch_to_host({0, bytes}, stream);
-  EXPECT_EQ(buffer->report().host_bytes, bytes);
-  EXPECT_EQ(buffer->report().moved_to_host_bytes, bytes);
-  buffer->prefetch_to_host({0, bytes}, stream);  // is there already
-  EXPECT_EQ(buffer->report().moved_to_host_bytes, bytes);
+  const PagedBufferReport report = buffer->report();
+  EXPECT_EQ(report.moved_to_device_bytes - fresh.moved_to_device_bytes, fresh.host_bytes);
+  EXPECT_EQ(report.moved_to_device_bytes - report.moved_to_host_bytes, report.device_bytes);
+  for (int i = 0; i < 2; ++i) {  // the second time they are there already
+    buffer->prefetch_to_host({0, bytes}, stream);
+    EXPECT_EQ(buffer->report().host_bytes, bytes);
+    EXPECT_EQ(buffer->report().moved_to_host_bytes, report.moved_to_device_bytes);
+  }
+  EXPECT_EQ(buffer->report().refused_bytes, 0);
   cudaStreamSynchronize(stream);
 }
 
 TEST_P(CudaPaging, AFailureAtAnyCallOfConstructionLeavesNothing) {
-  int calls = 0;
-  for (bool is_made = false; !is_made; ++calls) {
+  int failures = 0;
+  for (int calls = 0; streams().calls_until_failure < 0; ++calls) {
     streams().calls_until_failure = calls;
     try {
-      make(GetParam());
-      is_made = true;
+      make(GetParam());  // with a prefetch that was refused
     } catch (const std::exception&) {
-      EXPECT_EQ(streams().live, 0) << "at call " << calls;
-      EXPECT_EQ(device().live_allocations, 0) << "at call " << calls;
+      ++failures;
     }
+    EXPECT_EQ(streams().live, 0) << "at call " << calls;
+    EXPECT_EQ(device().live_allocations, 0) << "at call " << calls;
     ASSERT_LT(calls, 100);
   }
-  EXPECT_GT(calls, 8);
+  EXPECT_GT(failures, 8);
+}
+
+TEST_P(CudaPaging, ItIsZerosOnceAStreamHasJoined) {
+  for (const Turn turn : {Turn::oldest_stream, Turn::newest_stream}) {
+    streams().turn = turn;
+    const auto buffer = make(GetParam());  // its streams are older than the caller's
+    const Stream stream;
+    settle(*buffer, stream);
+    EXPECT_TRUE(is_all_zeros(*buffer));
+  }
+}
+
+TEST_P(CudaPaging, ZerosComeBeforeAPageThatIsAskedForIsWritten) {
+  for (unsigned seed = 1; seed <= 10; ++seed) {
+    streams().turn = Turn::shuffled;
+    streams().seed = seed;
+    const Stream stream;
+    const auto buffer = make(GetParam());
+    buffer->prefetch_to_host({0, 3 * page_bytes}, stream);
+    buffer->prefetch_to_device({2 * page_bytes, 3 * page_bytes}, stream);
+    const ByteRange range = buffer->page_range(4);
+    std::byte* const memory = buffer->begin(4, stream);
+    emulator::queue_kernel(stream, buffer->data() + range.offset, 1,
+                           [=] { change(memory, range, 1); });
+    buffer->end(4, stream);
+    settle(*buffer, stream);
+    std::vector<std::byte> expected(static_cast<std::size_t>(bytes));
+    change(expected.data() + range.offset, range, 1);
+    EXPECT_EQ(0, std::memcmp(buffer->data(), expected.data(), expected.size()));
+  }
 }
 
 TEST_P(CudaPaging, ItIsFreedWhileItsPagesAreOnTheirWay) {
@@ -276,13 +328,14 @@ TEST_P(CudaPaging, APageComesAfterWhatTheCallersStreamWrote) {
     streams().turn = turn;
     const auto buffer = make(GetParam());  // its streams are older than the caller's
     const Stream stream;
+    buffer->join(stream);
     emulator::queue_kernel(stream, buffer->data(), 1, [memory = buffer->data()] {
-      std::memset(memory, 0, static_cast<std::size_t>(bytes));
+      std::memset(memory, 5, static_cast<std::size_t>(bytes));
     });
     walk(*buffer, stream, 0);
     cudaStreamSynchronize(stream);
-    EXPECT_EQ(
-        0, std::memcmp(buffer->data(), expected_after(1).data(), static_cast<std::size_t>(bytes)));
+    EXPECT_EQ(0, std::memcmp(buffer->data(), expected_after(1, std::byte{5}).data(),
+                             static_cast<std::size_t>(bytes)));
   }
 }
 
@@ -303,7 +356,8 @@ TEST_P(CudaPaging, OfTwoRequestsTheLaterOneCounts) {
     buffer->prefetch_to_device({0, bytes}, stream);
     buffer->join(stream);
     cudaStreamSynchronize(stream);
-    EXPECT_EQ(streams().managed_on_device_bytes, static_cast<std::size_t>(device_bytes));
+    EXPECT_EQ(streams().managed_on_device_bytes,
+              static_cast<std::size_t>(ceil_divide(device_bytes, page_bytes) * page_bytes));
   }
 }
 
@@ -313,7 +367,6 @@ TEST_P(CudaPaging, PagesAreWorkedOnInAnyOrder) {
     streams().seed = seed;
     const Stream stream;
     const auto buffer = make(GetParam());
-    std::memset(buffer->data(), 0, static_cast<std::size_t>(bytes));
     for (const std::int64_t page : {3, 0, 0, 6, 2, 5, 1, 4}) {
       const ByteRange range = buffer->page_range(page);
       if (page == 6) buffer->prefetch_to_host({0, 3 * page_bytes}, stream);
@@ -373,10 +426,204 @@ TEST_F(CudaPagedBufferTest, WithABudgetTheFirstPagesStay) {
   const auto buffer = make({PagingStrategy::managed, 5});
   for (int step = 0; step < 3; ++step) walk(*buffer, stream, step);
   EXPECT_EQ(buffer->report().device_bytes, 2 * page_bytes);  // 5, less the three slots
-  EXPECT_EQ(buffer->report().moved_to_host_bytes, 3 * (bytes - 2 * page_bytes));
+  EXPECT_EQ(buffer->report().moved_to_host_bytes,
+            4 * (bytes - 2 * page_bytes));  // and once of their zeros
   cudaStreamSynchronize(stream);
   EXPECT_EQ(streams().managed_on_device_bytes, static_cast<std::size_t>(2 * page_bytes));
   EXPECT_TRUE(emulator::is_on_device(buffer->data(), 2 * page_bytes));
+}
+
+TEST_F(CudaPagedBufferTest, WithABudgetForAllOfItOneRequestMakesItResident) {
+  for (const Turn turn : {Turn::oldest_stream, Turn::newest_stream}) {
+    streams().turn = turn;
+    const auto buffer = make({PagingStrategy::managed, 7});  // its streams are older
+    const Stream stream;
+    settle(*buffer, stream);
+    buffer->prefetch_to_host({0, bytes}, stream);
+    streams().queued.clear();
+    for (int step = 0; step < 2; ++step) {
+      ASSERT_TRUE(buffer->make_resident(stream));
+      emulator::queue_kernel(stream, buffer->data(), bytes, [&] {
+        EXPECT_TRUE(emulator::is_on_device(buffer->data(), bytes));
+        for (std::int64_t page = 0; page < page_count; ++page) {
+          const ByteRange range = buffer->page_range(page);
+          change(buffer->data() + range.offset, range, step);
+        }
+      });
+      cudaStreamSynchronize(stream);
+    }
+    ASSERT_EQ(streams().queued.size(), 4u);
+    EXPECT_EQ(streams().queued[0].kind, Kind::prefetch_to_device);
+    EXPECT_EQ(streams().queued[0].bytes, static_cast<std::size_t>(bytes));
+    EXPECT_EQ(buffer->report().device_bytes, bytes);
+    EXPECT_EQ(device().memory_info_count, 0);
+    EXPECT_EQ(
+        0, std::memcmp(buffer->data(), expected_after(2).data(), static_cast<std::size_t>(bytes)));
+  }
+}
+
+TEST_F(CudaPagedBufferTest, ASmallerBudgetOrPinnedMemoryIsNotResident) {
+  const Stream stream;
+  for (const Settings& settings : {Settings{PagingStrategy::managed, 5},
+                                   {PagingStrategy::pinned, {}},
+                                   {PagingStrategy::pinned, 2}}) {
+    const auto buffer = make(settings);
+    streams().queued.clear();
+    EXPECT_FALSE(buffer->make_resident(stream));
+    EXPECT_TRUE(streams().queued.empty());
+  }
+}
+
+TEST_F(CudaPagedBufferTest, APageInUseIsNotMadeResident) {
+  const Stream stream;
+  const auto buffer = make({PagingStrategy::managed, {}});
+  buffer->begin(2, stream);
+  expect_invalid("PagedBuffer.make_resident: page 2 is in use; end it first",
+                 [&] { buffer->make_resident(stream); });
+  buffer->end(2, stream);
+}
+
+/// Takes the device's memory but for `free` bytes.
+class Others {
+ public:
+  explicit Others(std::int64_t free) {
+    std::size_t before = 0, total = 0;
+    cudaMemGetInfo(&before, &total);
+    cudaMalloc(&memory_, before - static_cast<std::size_t>(free));
+  }
+  ~Others() { cudaFree(memory_); }
+  Others(const Others&) = delete;
+  Others& operator=(const Others&) = delete;
+
+ private:
+  void* memory_ = nullptr;
+};
+
+TEST_F(CudaPagedBufferTest, WithoutABudgetItIsResidentWhereThereIsRoomAndTwoPagesMore) {
+  device().memory_bytes = 40 * page_bytes;
+  const Stream stream;
+  const auto buffer = make_settled({PagingStrategy::managed, {}}, stream);
+  const auto is_resident = [&](std::int64_t free, std::int64_t companion_bytes = 0) {
+    const Others others(free);
+    return buffer->make_resident(stream, companion_bytes);
+  };
+  // All of it is there.
+  EXPECT_TRUE(is_resident(2 * page_bytes));
+  EXPECT_FALSE(is_resident(2 * page_bytes - 1));
+  EXPECT_TRUE(is_resident(2 * page_bytes, bytes));
+  buffer->prefetch_to_host({0, 3 * page_bytes}, stream);
+  settle(*buffer, stream);
+  // And as much of its companions.
+  EXPECT_FALSE(is_resident(5 * page_bytes - 1));
+  EXPECT_FALSE(is_resident(8 * page_bytes - 1, bytes));
+  EXPECT_TRUE(is_resident(8 * page_bytes, bytes));
+}
+
+TEST_F(CudaPagedBufferTest, MoreThanTheDeviceHasIsNeverResident) {
+  device().memory_bytes = 12 * page_bytes;
+  const Stream stream;
+  const auto buffer = make_settled({PagingStrategy::managed, {}}, stream);
+  EXPECT_TRUE(buffer->make_resident(stream));
+  EXPECT_FALSE(buffer->make_resident(stream, bytes));
+}
+
+TEST_F(CudaPagedBufferTest, PagesThatAreStillToBecomeZerosAreNotThereYet) {
+  device().memory_bytes = 40 * page_bytes;
+  const Stream stream;
+  const auto buffer = make({PagingStrategy::managed, {}});
+  EXPECT_EQ(buffer->report().device_bytes, bytes);
+  {
+    const Others others(bytes + 2 * page_bytes - 1);
+    EXPECT_FALSE(buffer->make_resident(stream));
+  }
+  EXPECT_TRUE(buffer->make_resident(stream));
+}
+
+TEST_F(CudaPagedBufferTest, ItIsMadeResidentAgainAfterTheDriverMovedItOut) {
+  device().memory_bytes = 12 * page_bytes;
+  const Stream stream;
+  const auto buffer = make_settled({PagingStrategy::managed, {}}, stream);
+  {
+    void* memory = nullptr;
+    cudaMalloc(&memory, 10 * page_bytes);
+    EXPECT_FALSE(buffer->make_resident(stream));
+    cudaFree(memory);
+  }
+  EXPECT_EQ(streams().evicted_bytes, static_cast<std::size_t>(5 * page_bytes));
+  EXPECT_TRUE(buffer->make_resident(stream));
+  cudaStreamSynchronize(stream);
+  EXPECT_TRUE(emulator::is_on_device(buffer->data(), bytes));
+}
+
+TEST_F(CudaPagedBufferTest, WhatIsRecordedNeedsNoRequestsOnlyZeros) {
+  device().memory_bytes = 8 * page_bytes;  // not enough
+  const Stream stream;
+  for (const std::optional<std::int64_t> budget : {std::optional<std::int64_t>(), {7}}) {
+    const auto buffer = make({PagingStrategy::managed, budget});
+    streams().queued.clear();
+    device().is_capturing = true;
+    EXPECT_TRUE(buffer->make_resident(stream));
+    buffer->join(stream);
+    EXPECT_TRUE(is_all_zeros(*buffer));
+    EXPECT_TRUE(streams().queued.empty());
+    EXPECT_EQ(device().memory_info_count, 0);
+    EXPECT_EQ(device().broken_captures, 0);
+    device().is_capturing = false;
+  }
+  for (const Settings& settings :
+       {Settings{PagingStrategy::managed, 5}, {PagingStrategy::pinned, {}}}) {
+    const auto buffer = make(settings);
+    device().is_capturing = true;
+    EXPECT_FALSE(buffer->make_resident(stream));
+    EXPECT_THROW(buffer->join(stream), Unsupported);
+    device().is_capturing = false;
+  }
+}
+
+TEST_F(CudaPagedBufferTest, DestroyingItWaitsForItsUseAsAWhole) {
+  streams().turn = Turn::newest_stream;
+  const Stream stream;
+  auto buffer = make({PagingStrategy::managed, {}});
+  ASSERT_TRUE(buffer->make_resident(stream));
+  bool is_done = false;
+  emulator::queue_kernel(stream, buffer->data(), bytes, [&] { is_done = true; });
+  buffer->join(stream);
+  buffer.reset();
+  EXPECT_TRUE(is_done);
+}
+
+TEST_F(CudaPagedBufferTest, ARequestThatFindsNoMemoryIsRefusedAndPagesAreUsedWhereTheyAre) {
+  for (const std::optional<std::int64_t> budget : {std::optional<std::int64_t>(), {3}, {7}}) {
+    const Stream stream;
+    const auto buffer = make_settled({PagingStrategy::managed, budget}, stream);
+    buffer->prefetch_to_host({0, bytes}, stream);
+    const PagedBufferReport before = buffer->report();
+    EXPECT_EQ(before.refused_bytes, 0);
+    streams().prefetch_error = cudaErrorMemoryAllocation;
+    EXPECT_FALSE(buffer->make_resident(stream));
+    const std::int64_t refused = budget == 3 ? 0 : bytes;
+    EXPECT_EQ(buffer->report().refused_bytes, refused);
+    walk(*buffer, stream, 0);
+    const PagedBufferReport report = buffer->report();
+    EXPECT_GE(report.refused_bytes, refused + bytes);
+    EXPECT_EQ(report.host_bytes, bytes);
+    EXPECT_EQ(report.moved_to_device_bytes, before.moved_to_device_bytes);
+    streams().prefetch_error = cudaSuccess;
+    walk(*buffer, stream, 1);
+    EXPECT_GT(buffer->report().moved_to_device_bytes, report.moved_to_device_bytes);
+    cudaStreamSynchronize(stream);
+    EXPECT_EQ(
+        0, std::memcmp(buffer->data(), expected_after(2).data(), static_cast<std::size_t>(bytes)));
+  }
+}
+
+TEST_F(CudaPagedBufferTest, AnyOtherErrorOfARequestIsThrown) {
+  const Stream stream;
+  const auto buffer = make_settled({PagingStrategy::managed, {}}, stream);
+  streams().prefetch_error = cudaErrorIllegalAddress;
+  expect_error<CudaError>(
+      "PagedBuffer: cudaMemPrefetchAsync: cudaErrorIllegalAddress: as the emulator was told",
+      [&] { buffer->begin(0, stream); });
 }
 
 TEST_F(CudaPagedBufferTest, PinnedPagesUseNoMoreDeviceMemoryThanTheirSlots) {

@@ -13,7 +13,9 @@ for _package in ("safetensors", "tokenizers", "tqdm"):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw8bit"])
+@pytest.mark.parametrize(
+    "optimizer", ["paged_adamw", "paged_adamw8bit", "paged_lion", "paged_lion8bit"]
+)
 def test_trains_on_a_gpu_and_saves(train, tmp_path, model_folder, optimizer):
     from qlora_native.hf import load_lora
 

@@ -31,7 +31,9 @@ def error_of(train, capsys):
     return run
 
 
-@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw8bit"])
+@pytest.mark.parametrize(
+    "optimizer", ["paged_adamw", "paged_adamw8bit", "paged_lion", "paged_lion8bit"]
+)
 def test_trains_and_saves(train, tmp_path, model_folder, optimizer, capsys):
     assert train("--epochs", "5", "--optimizer", optimizer, "--lora-alpha", "8") == 0
     out = tmp_path / "out"

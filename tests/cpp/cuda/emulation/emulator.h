@@ -42,6 +42,11 @@ struct Device {
   int multiprocessor_count = 132;
   int l2_bytes = 50 << 20;
 
+  /// What cudaMalloc, pools and managed memory that is there take of. Where a piece finds no room,
+  /// managed memory that was used longest ago goes to the host.
+  std::size_t memory_bytes = std::size_t{1} << 40;
+  bool evicts_managed_memory = true;  // else a prefetch that finds no room is refused
+
   bool has_memory_pools = true;
   bool is_out_of_memory = false;
   bool is_capturing = false;
@@ -62,19 +67,28 @@ struct Device {
   int attribute_count = 0;  // cudaFuncSetAttribute
   int launch_count = 0;
   int synchronize_count = 0;
+  int memory_info_count = 0;  // cudaMemGetInfo
   int live_allocations = 0;
   cudaStream_t stream = nullptr;  // of the last launch
+  unsigned thread_blocks = 0;     // that the last launch asked for
   std::string failure;            // what a kernel did wrong, of the last launch that failed
 };
 
 /// The one device. Tests begin with `device() = {}`.
 Device& device();
 
+/// Memory that counts among live_allocations and takes nothing of the device's.
+cudaError_t allocate_on_host(void** memory, std::size_t bytes);
+
 /// A call that invalidates a capture, unless the thread's mode allows it.
 void note_unsafe_call();
 
 /// What a kernel has asked for on the current device, in any test so far.
 std::size_t allowed_shared_bytes(const void* kernel);
+
+/// Loads a kernel's code on the current device, as its first launch there does, for which there must
+/// be memory. What has been loaded in any test so far stays.
+cudaError_t load(const void* kernel);
 
 /// What the pools of a device keep when nobody uses them, of those made in any test so far.
 std::uint64_t kept_bytes_of_pools(int index);

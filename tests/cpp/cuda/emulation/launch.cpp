@@ -1,6 +1,7 @@
 // Launches: what a device refuses, and the grid of thread blocks, one after the other.
 #include "cuda/emulation/emulator.h"
 #include "cuda/emulation/sequence.h"
+#include "cuda/emulation/streams.h"
 #include "cuda/emulation/thread_block.h"
 
 namespace emulator {
@@ -9,6 +10,23 @@ namespace {
 constexpr std::size_t shared_bytes_without_asking = 48 * 1024;
 constexpr unsigned max_threads = 1024;
 constexpr unsigned max_thread_blocks = 0x7fffffff;
+
+cudaError_t run_grid(const Launch& launch, Index& thread_index, Index& block_index,
+                     Index& grid_size, const std::function<void()>& thread) {
+  grid_size.x = std::min(launch.thread_blocks, device().max_thread_blocks);
+  std::mt19937 random(device().seed);
+  Sequence thread_blocks(grid_size.x, random);
+  for (const unsigned index : thread_blocks.next()) {
+    block_index.x = index;
+    const std::string failure =
+        run_thread_block(index, launch.threads, launch.shared_bytes, thread, thread_index, random);
+    if (!failure.empty()) {
+      device().failure = failure;
+      return cudaErrorLaunchFailure;
+    }
+  }
+  return cudaSuccess;
+}
 
 }  // namespace
 
@@ -23,21 +41,20 @@ cudaError_t run(const Launch& launch, Index& thread_index, Index& block_index, I
     return cudaErrorInvalidValue;
   }
   if (device().launch_error != cudaSuccess) return device().launch_error;
+  if (const cudaError_t error = load(launch.kernel); error != cudaSuccess) return error;
   ++device().launch_count;
   device().stream = launch.stream;
-  grid_size.x = std::min(launch.thread_blocks, device().max_thread_blocks);
-  std::mt19937 random(device().seed);
-  Sequence thread_blocks(grid_size.x, random);
-  for (const unsigned index : thread_blocks.next()) {
-    block_index.x = index;
-    const std::string failure =
-        run_thread_block(index, launch.threads, launch.shared_bytes, thread, thread_index, random);
-    if (!failure.empty()) {
-      device().failure = failure;
-      return cudaErrorLaunchFailure;
-    }
+  device().thread_blocks = launch.thread_blocks;
+  if (is_late(launch.stream)) {  // what goes wrong then is told at a synchronisation
+    queue_launch(launch.stream, [=, &thread_index, &block_index, &grid_size] {
+      run_grid(launch, thread_index, block_index, grid_size, thread);
+    });
+    return cudaSuccess;
   }
-  return cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  queue_launch(launch.stream,
+               [&] { error = run_grid(launch, thread_index, block_index, grid_size, thread); });
+  return error;
 }
 
 }  // namespace emulator

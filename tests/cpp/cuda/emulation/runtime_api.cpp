@@ -3,6 +3,7 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <set>
 #include <string_view>
 #include <utility>
 
@@ -25,26 +26,35 @@ struct CUmemPoolHandle_st {
 
 namespace {
 
-// What outlives a test: the backend makes a pool, and asks for shared memory, once.
+// What outlives a test: the backend makes a pool, asks for shared memory, and loads a kernel, once.
 std::deque<CUmemPoolHandle_st> pools;
+std::set<std::pair<int, const void*>> loaded_kernels;
 std::map<std::pair<int, const void*>, std::size_t> shared_bytes_of;
 
 cudaError_t allocate(void** memory, std::size_t bytes) {
-  if (device().is_out_of_memory || emulator::is_to_fail()) return cudaErrorMemoryAllocation;
+  if (device().is_out_of_memory || emulator::is_to_fail() || !emulator::make_room(bytes)) {
+    return cudaErrorMemoryAllocation;
+  }
+  const cudaError_t error = emulator::allocate_on_host(memory, bytes);
+  if (error == cudaSuccess) emulator::note_on_device(*memory, bytes);
+  return error;
+}
+
+void release(void* memory) {
+  emulator::forget_memory(memory);
+  std::free(memory);
+  --device().live_allocations;
+}
+
+}  // namespace
+
+cudaError_t emulator::allocate_on_host(void** memory, std::size_t bytes) {
   *memory = std::malloc(bytes);
   if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xa5, bytes);  // poison: nothing may rely on fresh memory
   ++device().live_allocations;
   return cudaSuccess;
 }
-
-void release(void* memory) {
-  emulator::forget_managed(memory);
-  std::free(memory);
-  --device().live_allocations;
-}
-
-}  // namespace
 
 void emulator::note_unsafe_call() {
   if (device().is_capturing && device().capture_mode != cudaStreamCaptureModeRelaxed) {
@@ -54,6 +64,14 @@ void emulator::note_unsafe_call() {
 
 std::size_t emulator::allowed_shared_bytes(const void* kernel) {
   return shared_bytes_of[{device().current, kernel}];
+}
+
+cudaError_t emulator::load(const void* kernel) {
+  const std::pair here{device().current, kernel};
+  if (loaded_kernels.contains(here)) return cudaSuccess;
+  if (device().is_out_of_memory) return cudaErrorMemoryAllocation;
+  loaded_kernels.insert(here);
+  return cudaSuccess;
 }
 
 std::uint64_t emulator::kept_bytes_of_pools(int index) {
@@ -69,6 +87,7 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorNotReady: return "cudaErrorNotReady";
     case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
     case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
@@ -124,6 +143,12 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  emulator::note_unsafe_call();
+  *attributes = {};
+  return emulator::load(kernel);
+}
+
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   emulator::note_unsafe_call();
   return allocate(memory, bytes);
@@ -161,13 +186,16 @@ cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPoo
   return allocate(memory, bytes);
 }
 
-cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
-  release(memory);
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+  emulator::when_reached(stream, [=] { release(memory); });
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* memory, int byte, std::size_t bytes, cudaStream_t) {
-  if (bytes > 0) std::memset(memory, byte, bytes);
+cudaError_t cudaMemsetAsync(void* memory, int byte, std::size_t bytes, cudaStream_t stream) {
+  if (emulator::is_to_fail()) return cudaErrorMemoryAllocation;
+  emulator::queue_memset(memory, bytes, stream, [=] {
+    if (bytes > 0) std::memset(memory, byte, bytes);
+  });
   return cudaSuccess;
 }
 
@@ -209,5 +237,5 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   emulator::note_unsafe_call();
   ++device().synchronize_count;
   emulator::wait_for(stream);
-  return cudaSuccess;
+  return device().failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }

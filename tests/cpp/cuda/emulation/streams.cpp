@@ -1,6 +1,7 @@
 #include "cuda/emulation/streams.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -39,13 +40,23 @@ namespace {
 
 constexpr std::size_t granule_bytes = 4096;
 
+/// Fresh memory is nowhere: it lies where it is touched first.
+struct Granule {
+  enum class Place { nowhere, host, device };
+  Place place = Place::nowhere;
+  bool prefers_host = false;
+  std::uint64_t used = 0;  // its key in managed_on_device, while it is there
+};
+
 struct ManagedRegion {
   std::size_t bytes;
-  std::vector<bool> is_on_device;  // a granule each
+  std::vector<Granule> granules;
 };
 
 std::vector<cudaStream_t> made_streams;
 std::map<const std::byte*, ManagedRegion> managed_regions;
+std::map<std::uint64_t, Granule*> managed_on_device;  // used longest ago first
+std::map<const void*, std::size_t> device_memory;     // that does not move
 std::set<void*> pinned;
 
 bool is_made(cudaStream_t stream) {
@@ -90,30 +101,77 @@ void run_until(const std::function<bool()>& is_done) {
   }
 }
 
-/// The region that holds all of this memory, and the granules of it.
-template <typename Function>
-void for_each_granule(const void* memory, std::size_t bytes, Function&& function) {
+/// The region that holds this memory, if it is managed.
+ManagedRegion* find_region(const void* memory, std::size_t& first) {
   const auto* const begin = static_cast<const std::byte*>(memory);
   auto region = managed_regions.upper_bound(begin);
-  if (region == managed_regions.begin()) fail("this memory is not managed");
+  if (region == managed_regions.begin()) return nullptr;
   --region;
-  const auto first = static_cast<std::size_t>(begin - region->first);
-  if (first + bytes > region->second.bytes) fail("beyond the managed memory");
+  first = static_cast<std::size_t>(begin - region->first);
+  return first < region->second.bytes ? &region->second : nullptr;
+}
+
+/// The granules of managed memory.
+template <typename Function>
+void for_each_granule(const void* memory, std::size_t bytes, Function&& function) {
+  std::size_t first = 0;
+  ManagedRegion* const region = find_region(memory, first);
+  if (region == nullptr) fail("this memory is not managed");
+  if (first + bytes > region->bytes) fail("beyond the managed memory");
   const std::size_t last = (first + bytes + granule_bytes - 1) / granule_bytes;
-  for (std::size_t i = first / granule_bytes; i < last; ++i) {
-    function(region->second.is_on_device[i]);
+  for (std::size_t i = first / granule_bytes; i < last; ++i) function(region->granules[i]);
+}
+
+std::size_t free_bytes() {
+  std::size_t used = managed_on_device.size() * granule_bytes;
+  for (const auto& [memory, bytes] : device_memory) used += bytes;
+  const std::size_t all = emulator::device().memory_bytes;
+  return all > used ? all - used : 0;
+}
+
+void leave_device(Granule& granule) {
+  if (granule.place == Granule::Place::device) {
+    managed_on_device.erase(granule.used);
+    emulator::streams().managed_on_device_bytes -= granule_bytes;
   }
+  granule.place = Granule::Place::host;
+}
+
+void note_use(Granule& granule) {
+  static std::uint64_t now = 0;
+  managed_on_device.erase(granule.used);
+  granule.used = ++now;
+  managed_on_device[now] = &granule;
+}
+
+/// Leaves it where it is if there is no room.
+void come_to_device(Granule& granule) {
+  emulator::Streams& state = emulator::streams();
+  if (granule.place != Granule::Place::device) {
+    if (!emulator::make_room(granule_bytes)) return;
+    granule.place = Granule::Place::device;
+    state.managed_on_device_bytes += granule_bytes;
+    state.peak_managed_on_device_bytes =
+        std::max(state.peak_managed_on_device_bytes, state.managed_on_device_bytes);
+  }
+  note_use(granule);
 }
 
 void move(const void* memory, std::size_t bytes, bool is_to_device) {
-  emulator::Streams& state = emulator::streams();
-  for_each_granule(memory, bytes, [&](std::vector<bool>::reference is_on_device) {
-    if (is_on_device == is_to_device) return;
-    is_on_device = is_to_device;
-    state.managed_on_device_bytes += is_to_device ? granule_bytes : -granule_bytes;
+  for_each_granule(memory, bytes, is_to_device ? come_to_device : leave_device);
+}
+
+/// What a kernel does to managed memory: it may be anywhere (cudaMemAdviseSetAccessedBy).
+void touch(const void* memory, std::size_t bytes) {
+  std::size_t first = 0;
+  if (find_region(memory, first) == nullptr) return;
+  for_each_granule(memory, bytes, [](Granule& granule) {
+    if (granule.place == Granule::Place::nowhere) {
+      granule.prefers_host ? leave_device(granule) : come_to_device(granule);
+    } else if (granule.place == Granule::Place::device) {
+      note_use(granule);
+    }
   });
-  state.peak_managed_on_device_bytes =
-      std::max(state.peak_managed_on_device_bytes, state.managed_on_device_bytes);
 }
 
 }  // namespace
@@ -132,8 +190,29 @@ bool is_to_fail() {
 
 void queue_kernel(cudaStream_t stream, const void* memory, std::size_t bytes,
                   std::function<void()> run) {
-  queue_work({Kind::kernel, memory, bytes, stream}, std::move(run));
+  queue_work({Kind::kernel, memory, bytes, stream}, [=, run = std::move(run)] {
+    touch(memory, bytes);
+    run();
+  });
 }
+
+void queue_launch(cudaStream_t stream, std::function<void()> run) {
+  queue_work({Kind::kernel, nullptr, 0, stream}, std::move(run));
+}
+
+void queue_memset(const void* memory, std::size_t bytes, cudaStream_t stream,
+                  std::function<void()> run) {
+  queue_work({Kind::set_bytes, memory, bytes, stream}, [=, run = std::move(run)] {
+    touch(memory, bytes);
+    run();
+  });
+}
+
+void when_reached(cudaStream_t stream, std::function<void()> run) {
+  queue(stream, {[] { return true; }, std::move(run)});
+}
+
+bool is_late(cudaStream_t stream) { return is_made(stream); }
 
 void queue_copy(cudaMemcpyKind kind, const void* host_memory, std::size_t bytes,
                 cudaStream_t stream, std::function<void()> run) {
@@ -144,11 +223,25 @@ void queue_copy(cudaMemcpyKind kind, const void* host_memory, std::size_t bytes,
 
 bool is_on_device(const void* memory, std::size_t bytes) {
   bool is_all = true;
-  for_each_granule(memory, bytes, [&](bool is_on_device) { is_all &= is_on_device; });
+  for_each_granule(memory, bytes, [&](const Granule& granule) {
+    is_all &= granule.place == Granule::Place::device;
+  });
   return is_all;
 }
 
-void forget_managed(void* memory) {
+bool make_room(std::size_t bytes) {
+  for (std::size_t free = free_bytes(); free < bytes; free += granule_bytes) {
+    if (managed_on_device.empty()) return false;
+    leave_device(*managed_on_device.begin()->second);
+    streams().evicted_bytes += granule_bytes;
+  }
+  return true;
+}
+
+void note_on_device(const void* memory, std::size_t bytes) { device_memory[memory] = bytes; }
+
+void forget_memory(void* memory) {
+  device_memory.erase(memory);
   const auto region = managed_regions.find(static_cast<std::byte*>(memory));
   if (region == managed_regions.end()) return;
   move(memory, region->second.bytes, false);
@@ -233,12 +326,26 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  emulator::note_unsafe_call();
+  return *event->is_reached ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+  ++device().memory_info_count;
+  *free = free_bytes();
+  *total = device().memory_bytes;
+  return device().driver_error;
+}
+
 cudaError_t cudaMallocManaged(void** memory, std::size_t bytes, unsigned) {
   if (streams().is_managed_missing) return cudaErrorInvalidValue;
-  const cudaError_t error = cudaMalloc(memory, bytes);
+  emulator::note_unsafe_call();
+  if (device().is_out_of_memory || is_to_fail()) return cudaErrorMemoryAllocation;
+  const cudaError_t error = emulator::allocate_on_host(memory, bytes);
   if (error != cudaSuccess) return error;
   managed_regions[static_cast<std::byte*>(*memory)] = {
-      bytes, std::vector<bool>((bytes + granule_bytes - 1) / granule_bytes)};
+      bytes, std::vector<Granule>((bytes + granule_bytes - 1) / granule_bytes)};
   return cudaSuccess;
 }
 
@@ -261,9 +368,12 @@ cudaError_t cudaFreeHost(void* memory) {
 }
 
 cudaError_t cudaMemAdvise(const void* memory, std::size_t bytes, cudaMemoryAdvise advice,
-                          cudaMemLocation) {
+                          cudaMemLocation location) {
   if (is_to_fail()) return cudaErrorInvalidValue;
-  for_each_granule(memory, bytes, [](bool) {});
+  for_each_granule(memory, bytes, [&](Granule& granule) {
+    if (advice != cudaMemAdviseSetPreferredLocation) return;
+    granule.prefers_host = location.type == cudaMemLocationTypeHost;
+  });
   streams().advice.push_back(advice);
   return cudaSuccess;
 }
@@ -271,6 +381,14 @@ cudaError_t cudaMemAdvise(const void* memory, std::size_t bytes, cudaMemoryAdvis
 cudaError_t cudaMemPrefetchAsync(const void* memory, std::size_t bytes, cudaMemLocation location,
                                  unsigned, cudaStream_t stream) {
   const bool is_to_device = location.type == cudaMemLocationTypeDevice;
+  std::size_t coming_bytes = 0;
+  for_each_granule(memory, bytes, [&](const Granule& granule) {
+    if (granule.place != Granule::Place::device) coming_bytes += granule_bytes;
+  });
+  if (streams().prefetch_error != cudaSuccess) return streams().prefetch_error;
+  const bool is_refused =
+      is_to_device && !device().evicts_managed_memory && coming_bytes > free_bytes();
+  if (is_to_fail() || is_refused) return cudaErrorMemoryAllocation;
   queue_work({is_to_device ? emulator::Kind::prefetch_to_device : emulator::Kind::prefetch_to_host,
               memory, bytes, stream},
              [=] { move(memory, bytes, is_to_device); });

@@ -1,5 +1,5 @@
 // The map of an optimiser's launch: every element has exactly one owner.
-#include "cuda/adamw_chunks.h"
+#include "cuda/optimizer_chunks.h"
 
 #include <algorithm>
 #include <vector>
@@ -26,7 +26,7 @@ void expect_one_owner_each(const Sizes& sizes) {
   EXPECT_EQ(next, sizes);
 }
 
-TEST(AdamWChunks, EveryElementHasOneOwner) {
+TEST(OptimizerChunks, EveryElementHasOneOwner) {
   expect_one_owner_each({1});
   expect_one_owner_each({elements_per_chunk});
   expect_one_owner_each({0, 1, 0, 0, 4095, 4096, 4097, 0, 100000, 3, 0});
@@ -37,7 +37,7 @@ TEST(AdamWChunks, EveryElementHasOneOwner) {
   expect_one_owner_each(growing);
 }
 
-TEST(AdamWChunks, AListOfEmptyTensorsHasNoChunks) {
+TEST(OptimizerChunks, AListOfEmptyTensorsHasNoChunks) {
   ChunkTable table;
   EXPECT_EQ(table.chunk_count(), 0u);
   EXPECT_TRUE(table.append(0));
@@ -45,7 +45,7 @@ TEST(AdamWChunks, AListOfEmptyTensorsHasNoChunks) {
   EXPECT_EQ(table.tensor_count(), 1);
 }
 
-TEST(AdamWChunks, MoreElementsThan32BitsCountAreOwned) {
+TEST(OptimizerChunks, MoreElementsThan32BitsCountAreOwned) {
   constexpr std::int64_t huge = (std::int64_t{1} << 33) + 5;
   ChunkTable table;
   ASSERT_TRUE(table.append(huge));
@@ -58,7 +58,7 @@ TEST(AdamWChunks, MoreElementsThan32BitsCountAreOwned) {
   EXPECT_EQ(table.first_element(0, 1u << 20), std::int64_t{1} << 32);
 }
 
-TEST(AdamWChunks, WhatDoesNotFitIsLeftForTheNextLaunch) {
+TEST(OptimizerChunks, WhatDoesNotFitIsLeftForTheNextLaunch) {
   ChunkTable full;
   for (int i = 0; i < tensors_per_launch; ++i) ASSERT_TRUE(full.append(1));
   EXPECT_FALSE(full.append(1));
@@ -72,10 +72,10 @@ TEST(AdamWChunks, WhatDoesNotFitIsLeftForTheNextLaunch) {
   EXPECT_FALSE(large.append(1));
 }
 
-TEST(AdamWChunks, TheQuadsOfAChunkAreItsElements) {
+TEST(OptimizerChunks, TheQuadsOfAChunkAreItsElements) {
   std::vector<int> owners(elements_per_chunk);
   for (int step = 0; step < quads_per_thread; ++step) {
-    for (int thread = 0; thread < adamw_threads; ++thread) {
+    for (int thread = 0; thread < optimizer_threads; ++thread) {
       for (int i = 0; i < elements_per_quad; ++i) {
         ++owners[static_cast<std::size_t>(quad_of_thread(step, thread) + i)];
       }
@@ -84,7 +84,7 @@ TEST(AdamWChunks, TheQuadsOfAChunkAreItsElements) {
   EXPECT_EQ(owners, std::vector<int>(elements_per_chunk, 1));
 }
 
-TEST(AdamWChunks, TheQuadsOfAWarpAreItsBlock) {
+TEST(OptimizerChunks, TheQuadsOfAWarpAreItsBlock) {
   std::vector<int> owners(state_block_size);
   for (int q = 0; q < quads_per_lane; ++q) {
     for (int lane = 0; lane < 32; ++lane) {

@@ -18,8 +18,29 @@ inline TensorView on_cuda(TensorView view) {
   return view;
 }
 
-/// One parameter. With 32-bit state it has no absmax, and with a step count that the host keeps no
-/// step_count.
+/// How a list is stepped.
+struct StepKind {
+  OptimizerRule rule = OptimizerRule::adamw;
+  bool is_8bit = false;
+  bool is_stochastic = false;  // the rounding of bfloat16 parameters
+
+  const char* operation() const { return optimizer_step_name(rule, is_8bit); }
+  std::string name() const {
+    return std::string(rule == OptimizerRule::adamw ? "AdamW" : "Lion") +
+           (is_8bit ? "In8Bits" : "In32Bits") + (is_stochastic ? "Stochastic" : "");
+  }
+};
+
+inline constexpr StepKind adamw_8bit{.is_8bit = true};
+inline auto step_kinds(bool is_stochastic) {
+  constexpr OptimizerRule adamw = OptimizerRule::adamw, lion = OptimizerRule::lion;
+  return testing::Values(StepKind{adamw, false, is_stochastic},
+                         StepKind{adamw, true, is_stochastic}, StepKind{lion, false, is_stochastic},
+                         StepKind{lion, true, is_stochastic});
+}
+
+/// One parameter. Lion has no second moment, 32-bit state no absmax, and a step count that the host
+/// keeps is no step_count.
 struct Parameter {
   HostTensor param, grad, exp_avg, exp_avg_sq, absmax, absmax_sq, step_count;
 
@@ -31,7 +52,6 @@ struct Parameter {
 
 struct ParameterKind {
   DType param = DType::float32, grad = DType::float32;
-  bool is_8bit = false;
   bool has_step_count = false;
 };
 
@@ -48,17 +68,21 @@ inline void fill_spread(HostTensor& tensor, Generator& generator) {
   }
 }
 
-inline Parameter make_parameter(const ParameterKind& kind, std::int64_t count,
+inline Parameter make_parameter(const StepKind& step, const ParameterKind& kind, std::int64_t count,
                                 Generator& generator) {
+  const auto state = [&](bool is_there, DType dtype, std::int64_t size) {
+    return is_there ? zeros(dtype, size) : HostTensor();
+  };
   const std::int64_t blocks = ceil_divide(count, state_block_size);
-  const DType state = kind.is_8bit ? DType::uint8 : DType::float32;
+  const DType moment = step.is_8bit ? DType::uint8 : DType::float32;
+  const bool has_second = step.rule == OptimizerRule::adamw;
   Parameter p{.param = HostTensor(kind.param, {count}),
               .grad = HostTensor(kind.grad, {count}),
-              .exp_avg = zeros(state, count),
-              .exp_avg_sq = zeros(state, count),
-              .absmax = kind.is_8bit ? zeros(DType::float32, blocks) : HostTensor(),
-              .absmax_sq = kind.is_8bit ? zeros(DType::float32, blocks) : HostTensor(),
-              .step_count = kind.has_step_count ? zeros(DType::float32, 1) : HostTensor()};
+              .exp_avg = state(true, moment, count),
+              .exp_avg_sq = state(has_second, moment, count),
+              .absmax = state(step.is_8bit, DType::float32, blocks),
+              .absmax_sq = state(step.is_8bit && has_second, DType::float32, blocks),
+              .step_count = state(kind.has_step_count, DType::float32, 1)};
   fill_spread(p.param, generator);
   return p;
 }
@@ -84,12 +108,39 @@ inline OptimizerTensor as_8bit(const Views& v) {
   return with_8bit_state(v[0], v[1], v[2], v[4], v[3], v[5], v[6]);
 }
 
-/// Steps a list of parameters that these views are of, all with one kind of state.
-inline void step_list(const std::vector<Views>& list, bool is_8bit, const OptimizerStep& step,
-                      void* stream = nullptr) {
+inline std::vector<OptimizerTensor> optimizer_tensors(const std::vector<Views>& list,
+                                                      const StepKind& kind) {
   std::vector<OptimizerTensor> tensors(list.size());
-  std::transform(list.begin(), list.end(), tensors.begin(), is_8bit ? as_8bit : as_32bit);
-  adamw_step(tensors, step, {.stream = stream});
+  std::transform(list.begin(), list.end(), tensors.begin(), kind.is_8bit ? as_8bit : as_32bit);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i].number = 1000 + static_cast<std::int64_t>(i);
+  }
+  return tensors;
+}
+
+/// Steps a list of parameters that these views are of.
+inline void step_list(const std::vector<Views>& list, const StepKind& kind,
+                      const OptimizerStep& step, void* stream = nullptr) {
+  optimizer_step(kind.rule, optimizer_tensors(list, kind), step, {.stream = stream});
+}
+
+/// Elements [begin, end) of a tensor; begin is a multiple of 256. The last piece counts the step.
+inline OptimizerTensor piece_of(OptimizerTensor tensor, std::int64_t begin, std::int64_t end) {
+  const auto cut = [](TensorView& view, std::int64_t first, std::int64_t last) {
+    if (!view.is_present) return;
+    view.data = view.as<std::uint8_t>() + first * element_bytes(view.dtype);
+    view.shape = {last - first};
+  };
+  OptimizerState& state = tensor.state;
+  tensor.counts_step = end == tensor.param.numel();
+  tensor.first_element += begin;
+  for (TensorView* view : {&tensor.param, &tensor.grad, &state.exp_avg, &state.exp_avg_sq}) {
+    cut(*view, begin, end);
+  }
+  for (TensorView* view : {&state.exp_avg_absmax, &state.exp_avg_sq_absmax}) {
+    cut(*view, begin / state_block_size, ceil_divide(end, state_block_size));
+  }
+  return tensor;
 }
 
 inline std::vector<Views> cpu_views(std::vector<Parameter>& list) {
@@ -163,10 +214,11 @@ class DeviceList {
   std::vector<std::vector<std::uint8_t>> memory_;
 };
 
-/// Steps that differ in everything but their tensors.
-inline OptimizerStep step_number(std::int64_t t) {
+/// Steps that differ in everything but their tensors and how these are rounded.
+inline OptimizerStep step_number(std::int64_t t, const StepKind& kind) {
   OptimizerStep step;
   step.step = t;
+  if (kind.is_stochastic) step.rounding_seed = 0x123456789abcdef0u;
   step.lr = 0.01 * static_cast<double>(t);
   step.maximize = t % 2 == 0;
   step.weight_decay = t % 3 == 0 ? 0.5 : 0.0;
@@ -175,14 +227,14 @@ inline OptimizerStep step_number(std::int64_t t) {
 }
 
 /// Steps a list on the CPU and on the emulated device `steps` times, and compares all bytes.
-inline void expect_the_cpu_bits(std::vector<Parameter> list, bool is_8bit, int steps,
+inline void expect_the_cpu_bits(std::vector<Parameter> list, const StepKind& kind, int steps,
                                 Generator& generator, std::size_t offset = 0) {
   DeviceList on_device(list, offset);
   for (std::int64_t t = 1; t <= steps; ++t) {
     for (Parameter& p : list) draw_gradient(p, t, generator);
     on_device.set_gradients(list);
-    step_list(cpu_views(list), is_8bit, step_number(t));
-    step_list(on_device.views(), is_8bit, step_number(t));
+    step_list(cpu_views(list), kind, step_number(t, kind));
+    step_list(on_device.views(), kind, step_number(t, kind));
     ASSERT_TRUE(on_device.equals(list)) << "step " << t;
   }
 }

@@ -1,2 +1,2 @@
 // The optimisers' launchers and kernels, compiled for the emulator.
-#include "cuda/adamw.cu"
+#include "cuda/optimizer.cu"

@@ -19,16 +19,16 @@
 namespace qlora::cuda {
 
 inline constexpr int elements_per_quad = 4;
-inline constexpr int adamw_threads = 256;
-inline constexpr int adamw_warps = adamw_threads / 32;
+inline constexpr int optimizer_threads = 256;
+inline constexpr int optimizer_warps = optimizer_threads / 32;
 inline constexpr int quads_per_thread = 4;
-inline constexpr int elements_per_chunk = adamw_threads * quads_per_thread * elements_per_quad;
+inline constexpr int elements_per_chunk = optimizer_threads * quads_per_thread * elements_per_quad;
 
 // 8-bit state: a block is a warp's, two quads a lane.
 inline constexpr int quads_per_lane = 2;
 static_assert(32 * quads_per_lane * elements_per_quad == state_block_size);
 inline constexpr int blocks_per_chunk = elements_per_chunk / static_cast<int>(state_block_size);
-static_assert(blocks_per_chunk % adamw_warps == 0);
+static_assert(blocks_per_chunk % optimizer_warps == 0);
 
 // The LoRA factors of a model of 32 layers with 7 linear modules each fit one launch. More would fit
 // the 32,764 bytes that a kernel's parameters may take, but not many.
@@ -36,7 +36,7 @@ inline constexpr int tensors_per_launch = 448;
 
 /// The quad that a thread takes in a step of its chunk (32-bit state), as its first element.
 QLORA_HOST_DEVICE constexpr int quad_of_thread(int step, int thread) {
-  return (step * adamw_threads + thread) * elements_per_quad;
+  return (step * optimizer_threads + thread) * elements_per_quad;
 }
 
 /// The quad that a lane takes of its warp's block (8-bit state), as its first element.

@@ -1,18 +1,24 @@
-// AdamWRule (core/adamw_rule.h) with the same bits in fewer instructions: one of its two divisions is
-// by a number that all elements share.
+// The optimisers' rules, with the same bits in fewer instructions where there are some to be saved.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
 #include "core/adamw_rule.h"
+#include "core/lion_rule.h"
 #include "cuda/ptx.cuh"
+#include "cuda/quad.cuh"
 
 namespace qlora::cuda {
 
-class AdamWDeviceRule {
+template <typename Rule>
+class DeviceRule;
+
+/// core/adamw_rule.h. One of its two divisions is by a number that all elements share.
+template <>
+class DeviceRule<AdamWRule> {
  public:
-  __device__ explicit AdamWDeviceRule(const AdamWRule& rule)
+  __device__ explicit DeviceRule(const AdamWRule& rule)
       : rule_(rule), reciprocal_(1.0f / rule.bias_correction2_sqrt) {}
 
   __device__ void operator()(float& param, float grad, float& exp_avg, float& exp_avg_sq) const {
@@ -42,5 +48,25 @@ class AdamWDeviceRule {
   AdamWRule rule_;
   float reciprocal_;
 };
+
+template <>
+class DeviceRule<LionRule> : public LionRule {
+ public:
+  __device__ explicit DeviceRule(const LionRule& rule) : LionRule(rule) {}
+};
+
+/// Steps the elements of quad `q`, of which moment j is moments[j][q].
+template <typename Rule, int quads>
+__device__ void step_quad(const DeviceRule<Rule>& rule, Quad& param, const Quad& grad,
+                          Quad (&moments)[Rule::moment_count][quads], int q) {
+#pragma unroll
+  for (int i = 0; i < elements_per_quad; ++i) {
+    if constexpr (Rule::moment_count == 2) {
+      rule(param.values[i], grad.values[i], moments[0][q].values[i], moments[1][q].values[i]);
+    } else {
+      rule(param.values[i], grad.values[i], moments[0][q].values[i]);
+    }
+  }
+}
 
 }  // namespace qlora::cuda
