@@ -298,11 +298,14 @@ void validate_parameter(const char* operation, const Validator& validate, const 
         ", want 0 to ", RoundingStream::max_number);
 }
 
-void validate_moment(const Validator& validate, std::int64_t count, bool is_8bit,
-                     const TensorView& moment, const char* moment_name, const TensorView& absmax,
-                     const char* absmax_name) {
+void validate_moment(const char* operation, const Validator& validate, std::int64_t count,
+                     bool is_8bit, const TensorView& moment, const char* moment_name,
+                     const TensorView& absmax, const char* absmax_name) {
   validate.dtype(moment, moment_name, is_8bit ? DType::uint8 : DType::float32);
   validate.numel(moment, moment_name, count);
+  check(absmax.is_present == is_8bit, operation, ": ", absmax_name, " is ",
+        is_8bit ? "missing" : "given", ", but the first parameter's state is of ", is_8bit ? 8 : 32,
+        " bits");
   if (!is_8bit) return;
   validate.dtype(absmax, absmax_name, DType::float32);
   validate.numel(absmax, absmax_name, ceil_divide(count, state_block_size));
@@ -324,10 +327,10 @@ void optimizer_step(OptimizerRule rule, std::span<const OptimizerTensor> tensors
                        tensor.number, tensor.first_element, step);
     const std::int64_t count = tensor.param.numel();
     const OptimizerState& state = tensor.state;
-    validate_moment(validate, count, is_8bit, state.exp_avg, "exp_avg", state.exp_avg_absmax,
-                    "exp_avg_absmax");
+    validate_moment(operation, validate, count, is_8bit, state.exp_avg, "exp_avg",
+                    state.exp_avg_absmax, "exp_avg_absmax");
     if (rule == OptimizerRule::lion) continue;
-    validate_moment(validate, count, is_8bit, state.exp_avg_sq, "exp_avg_sq",
+    validate_moment(operation, validate, count, is_8bit, state.exp_avg_sq, "exp_avg_sq",
                     state.exp_avg_sq_absmax, "exp_avg_sq_absmax");
   }
   backend_for(device).optimizer_step(rule, tensors, step, context);

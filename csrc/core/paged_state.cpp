@@ -1,8 +1,8 @@
 #include "core/paged_state.h"
 
 #include <algorithm>
+#include <exception>
 
-#include "core/backend.h"
 #include "format/nf4_layout.h"
 
 namespace qlora {
@@ -18,6 +18,17 @@ std::int64_t round_page_blocks(std::int64_t blocks, bool is_8bit) {
   constexpr std::int64_t scales_per_unit = PagedBufferOptions::page_unit / 4;
   const std::int64_t unit = blocks >= large ? large : is_8bit ? scales_per_unit : 16;
   return blocks / unit * unit;
+}
+
+/// Returns what `function` throws.
+template <typename Function>
+std::exception_ptr try_to(Function&& function) noexcept {
+  try {
+    function();
+    return nullptr;
+  } catch (...) {
+    return std::current_exception();
+  }
 }
 
 }  // namespace
@@ -105,19 +116,35 @@ PagedState::Addresses PagedState::begin(std::int64_t page, void* stream) {
     try {
       addresses[i] = planes_[i].buffer->begin(page, stream);
     } catch (...) {
-      while (i-- > 0) planes_[i].buffer->end(page, stream);
-      throw;
+      const std::exception_ptr error = std::current_exception();
+      while (i-- > 0) try_to([&] { planes_[i].buffer->end(page, stream); });
+      std::rethrow_exception(error);
     }
   }
   return addresses;
 }
 
 void PagedState::end(std::int64_t page, void* stream) {
-  for (const Plane& plane : planes_) plane.buffer->end(page, stream);
+  for_each_plane([&](PagedBuffer& plane) { plane.end(page, stream); });
 }
 
 void PagedState::join(void* stream) {
-  for (const Plane& plane : planes_) plane.buffer->join(stream);
+  for_each_plane([&](PagedBuffer& plane) { plane.join(stream); });
+}
+
+void PagedState::abandon(std::optional<std::int64_t> page, void* stream) noexcept {
+  if (page) try_to([&] { end(*page, stream); });
+  try_to([&] { join(stream); });
+}
+
+template <typename Function>
+void PagedState::for_each_plane(Function&& function) {
+  std::exception_ptr first_error;
+  for (const Plane& plane : planes_) {
+    const std::exception_ptr error = try_to([&] { function(*plane.buffer); });
+    if (!first_error) first_error = error;
+  }
+  if (first_error) std::rethrow_exception(first_error);
 }
 
 PagedState::Addresses PagedState::data() const {

@@ -71,6 +71,8 @@ class PagedState {
   Addresses begin(std::int64_t page, void* stream);
   void end(std::int64_t page, void* stream);
   void join(void* stream);
+  /// Ends `page`, if one is in use, and joins, as far as that goes: for a step that has failed.
+  void abandon(std::optional<std::int64_t> page, void* stream) noexcept;
   Addresses data() const;
   bool make_resident(void* stream);
   PagedBufferReport report() const;
@@ -83,6 +85,10 @@ class PagedState {
   };
 
   std::int64_t bytes_per_block() const;
+
+  /// Calls it for every plane, also after one that throws, and throws the first error then.
+  template <typename Function>
+  void for_each_plane(Function&& function);
 
   Device device_;
   OptimizerRule rule_;

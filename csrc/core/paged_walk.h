@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -42,48 +43,39 @@ template <typename StepPieces>
 void walk_pages(PagedState& state, std::span<const PagedTensor> tensors, void* stream,
                 StepPieces&& step_pieces) {
   std::vector<OptimizerTensor> pieces;
-  if (state.make_resident(stream)) {
-    pieces.reserve(tensors.size());
-    const PagedState::Addresses addresses = state.data();
-    for (const PagedTensor& tensor : tensors) {
-      pieces.push_back(piece_of(tensor, state, addresses, 0, 0, state.elements()));
-    }
-    try {
+  pieces.reserve(tensors.size());
+  std::optional<std::int64_t> page_in_use;
+  try {
+    if (state.make_resident(stream)) {
+      const PagedState::Addresses addresses = state.data();
+      for (const PagedTensor& tensor : tensors) {
+        pieces.push_back(piece_of(tensor, state, addresses, 0, 0, state.elements()));
+      }
       step_pieces(std::span<const OptimizerTensor>(pieces));
-    } catch (...) {
-      state.join(stream);
-      throw;
+    } else {
+      const std::int64_t page_elements = state.page_elements();
+      std::size_t first = 0;  // of the tensors that are not done
+      for (std::int64_t page = 0; first < tensors.size(); ++page) {
+        page = std::max(page, tensors[first].first_element / page_elements);
+        const std::int64_t begin = page * page_elements, end = begin + page_elements;
+        const PagedState::Addresses addresses = state.begin(page, stream);
+        page_in_use = page;
+        pieces.clear();
+        std::size_t i = first;
+        for (; i < tensors.size() && tensors[i].first_element < end; ++i) {
+          pieces.push_back(piece_of(tensors[i], state, addresses, begin, begin, end));
+        }
+        step_pieces(std::span<const OptimizerTensor>(pieces));
+        page_in_use.reset();
+        state.end(page, stream);
+        // At most the last one goes on in the next page.
+        const PagedTensor& last = tensors[i - 1];
+        first = last.first_element + last.param.numel() > end ? i - 1 : i;
+      }
     }
-    state.join(stream);
-    return;
-  }
-  const std::int64_t page_elements = state.page_elements();
-  const auto page_of = [&](std::int64_t element) {
-    return std::min(element / page_elements, state.page_count() - 1);
-  };
-  const auto last_page_of = [&](const PagedTensor& tensor) {
-    const std::int64_t count = std::max<std::int64_t>(tensor.param.numel(), 1);
-    return page_of(tensor.first_element + count - 1);
-  };
-  std::size_t first = 0;  // of the tensors that are not done
-  for (std::int64_t page = 0; first < tensors.size(); ++page) {
-    page = std::max(page, page_of(tensors[first].first_element));
-    const std::int64_t begin = page * page_elements;
-    pieces.clear();
-    const PagedState::Addresses addresses = state.begin(page, stream);
-    std::size_t i = first;
-    for (; i < tensors.size() && page_of(tensors[i].first_element) <= page; ++i) {
-      pieces.push_back(piece_of(tensors[i], state, addresses, begin, begin, begin + page_elements));
-    }
-    try {
-      step_pieces(std::span<const OptimizerTensor>(pieces));
-    } catch (...) {
-      state.end(page, stream);
-      throw;
-    }
-    state.end(page, stream);
-    // At most the last one goes on in the next page.
-    first = last_page_of(tensors[i - 1]) > page ? i - 1 : i;
+  } catch (...) {
+    state.abandon(page_in_use, stream);
+    throw;
   }
   state.join(stream);
 }

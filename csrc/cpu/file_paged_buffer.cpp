@@ -180,6 +180,10 @@ std::unique_ptr<PagedBuffer> make_file_paged_buffer(Device device,
                                                     const PagedBufferOptions& options) {
   // Before the buffer, whose account of a state that no disk holds would be long.
   auto file = std::make_unique<PageFile>(*options.page_file, options.bytes);
+  check(!options.resident_bytes || file->gives_memory_back(), "PagedBuffer: page_file is '",
+        *options.page_file,
+        "', on a file system in memory, which cannot keep to resident_bytes; "
+        "want a directory on a disk, or no resident_bytes");
   return std::make_unique<FilePagedBuffer>(device, options, std::move(file));
 }
 

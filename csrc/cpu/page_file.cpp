@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/statfs.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -10,7 +11,13 @@
 #include <cerrno>
 #include <cstdlib>
 
+#include <linux/magic.h>
+
 #include "format/nf4_layout.h"
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22  // the C library may be older than the kernel
+#endif
 
 namespace qlora {
 namespace {
@@ -50,6 +57,13 @@ void reserve(const OwnedFile& file, const std::string& directory, std::int64_t b
   int error = EINTR;
   while (error == EINTR) error = posix_fallocate(file.get(), 0, bytes);
   if (error != 0) fail_to_reserve(directory, bytes, "", error);
+}
+
+/// Whether the file system keeps its files in memory, and so has nothing to give back.
+bool is_in_memory(const OwnedFile& file) {
+  struct statfs system {};
+  return fstatfs(file.get(), &system) == 0 &&
+         (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
 }
 
 std::int64_t host_page_bytes() {
@@ -98,6 +112,8 @@ PageFile::PageFile(const std::string& directory, std::int64_t bytes)
   data_ = static_cast<std::byte*>(memory);
 }
 
+bool PageFile::gives_memory_back() const { return !is_in_memory(file_); }
+
 PageFile::~PageFile() {
   if (data_ != nullptr) munmap(data_, static_cast<std::size_t>(bytes_));
 }
@@ -114,39 +130,23 @@ void PageFile::ask(const ByteRange& range) const {
 }
 
 void PageFile::await(const ByteRange& range) const {
-#ifdef MADV_POPULATE_READ
   // A request as well: kernels before 5.14 do not know it.
   const std::int64_t begin = round_down(range.offset), end = range.offset + range.bytes;
   madvise(data_ + begin, static_cast<std::size_t>(end - begin), MADV_POPULATE_READ);
-#endif
 }
 
 void PageFile::start_writing(const ByteRange& range) const {
-#ifdef SYNC_FILE_RANGE_WRITE
   if (sync_file_range(file_.get(), range.offset, range.bytes, SYNC_FILE_RANGE_WRITE) != 0) {
     fail_to_write(errno);
   }
-#else
-  const std::int64_t begin = round_down(range.offset), end = range.offset + range.bytes;
-  if (msync(data_ + begin, static_cast<std::size_t>(end - begin), MS_ASYNC) != 0) {
-    fail_to_write(errno);
-  }
-#endif
 }
 
 void PageFile::drop(const ByteRange& range) const {
-#ifdef SYNC_FILE_RANGE_WRITE
   // Written once more: it may have changed since start_writing. No metadata is written, which is for
   // files that are read after a crash.
   constexpr unsigned all =
       SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
   if (sync_file_range(file_.get(), range.offset, range.bytes, all) != 0) fail_to_write(errno);
-#else
-  const std::int64_t first = round_down(range.offset), last = range.offset + range.bytes;
-  if (msync(data_ + first, static_cast<std::size_t>(last - first), MS_SYNC) != 0) {
-    fail_to_write(errno);
-  }
-#endif
   // A host page that a neighbour has a part in stays. The last has none behind it.
   const std::int64_t begin = round_up(range.offset);
   const std::int64_t end = range.offset + range.bytes == bytes_

@@ -44,6 +44,9 @@ class PageFile {
 
   std::byte* data() const { return data_; }  // zeros at first; null if there are no bytes
 
+  /// Whether `drop` frees memory: not on tmpfs, whose files are in memory themselves.
+  bool gives_memory_back() const;
+
   /// Has a range read, and does not wait for it.
   void ask(const ByteRange& range) const;
 

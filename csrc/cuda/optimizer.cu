@@ -131,6 +131,7 @@ class BatchesOf final : public OptimizerLaunch::Batches {
         stream_(stream),
         kernel_(step.rounding_seed ? step_kernel<Rule, true>(is_8bit, operation)
                                    : step_kernel<Rule, false>(is_8bit, operation)) {
+    check_stream(stream, operation);  // scratch memory comes before a launch
     load(kernel_.kernel, operation);
     if (step.lr_tensor.is_present || step.grad_scale.is_present || has_step_counts) {
       load(optimizer_rules_kernel<Rule>, operation);

@@ -135,10 +135,9 @@ class CudaPagedBuffer final : public PagedBuffer {
       return true;
     }
     if (!has_budget_ && !has_room(companion_bytes)) return false;
-    order(to_stream(stream), coming_.get());
     order(going_.get(), coming_.get());
-    // Also what was asked before: it costs little where the pages are there, and brings those back
-    // that the driver has moved out since.
+    // Also what was asked before, to bring back what the driver has moved out since; and beside what
+    // the caller's stream still does, which may use the pages as they move.
     const bool is_asked = ask(PagePlace::device, 0, page_count());
     order(coming_.get(), to_stream(stream));
     return is_asked;
@@ -151,6 +150,16 @@ class CudaPagedBuffer final : public PagedBuffer {
     order(coming_.get(), to_stream(stream));
     order(going_.get(), to_stream(stream));
     if (may_be_resident()) order(to_stream(stream), going_.get());  // the destructor waits for it
+    if (memory_ && memory_->has_host_copy()) forget_loaded();
+  }
+
+  /// The host may write to its copy when a stream has joined: what came ahead of its use is old then.
+  void forget_loaded() {
+    for (Slot& slot : slots_) {
+      if (slot.state != Slot::State::loaded) continue;
+      note(slot.page, PagePlace::host);
+      slot.state = Slot::State::empty;
+    }
   }
 
   void do_prefetch_to_device(std::int64_t first, std::int64_t last, void* stream) override {

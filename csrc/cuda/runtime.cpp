@@ -243,7 +243,10 @@ StreamBuffer::StreamBuffer(std::size_t bytes, cudaStream_t stream, const char* o
              what.c_str());
 }
 
-StreamBuffer::~StreamBuffer() { is_pooled_ ? cudaFreeAsync(data_, stream_) : cudaFree(data_); }
+StreamBuffer::~StreamBuffer() {
+  const cudaError_t error = is_pooled_ ? cudaFreeAsync(data_, stream_) : cudaFree(data_);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next call would be told of it
+}
 
 bool is_capturing(cudaStream_t stream, const char* operation) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
