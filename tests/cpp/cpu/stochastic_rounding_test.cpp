@@ -1,10 +1,11 @@
 // What steps do to bfloat16 parameters that are rounded at random. Lion's step makes the fp32 that is
 // rounded one that is known: p - lr sign(g), where there is no decay.
+#include "core/stochastic_rounding.h"
+
 #include <cmath>
 #include <set>
 
 #include "core/operations.h"
-#include "core/stochastic_rounding.h"
 #include "format/nf4_layout.h"
 #include "support/host_tensor.h"
 #include "support/optimizer_tensors.h"
