@@ -55,7 +55,7 @@ def shard_index(tensor: Tensor) -> int:
         return 0
     coordinate, index = tensor.device_mesh.get_coordinate(), 0
     for dimension, placement in enumerate(tensor.placements):
-        if placement.is_shard():
+        if not placement.is_replicate():  # also FSDP2's shards of what is sharded already
             index = index * tensor.device_mesh.size(dimension) + coordinate[dimension]
     return index
 

@@ -4,6 +4,7 @@ from qlora_native.optim.paged_adamw import PagedAdamW
 from qlora_native.optim.paged_adamw8bit import PagedAdamW8bit
 from qlora_native.optim.paged_lion import PagedLion
 from qlora_native.optim.paged_lion8bit import PagedLion8bit
+from qlora_native.optim.paged_optimizer import PagedOptimizer
 from qlora_native.optim.paging_report import PagesReport, PagingReport
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "PagedAdamW8bit",
     "PagedLion",
     "PagedLion8bit",
+    "PagedOptimizer",
     "PagesReport",
     "PagingReport",
 ]

@@ -111,7 +111,8 @@ def _our_group(index: int, group: Mapping[str, Any], is_adamw: bool) -> dict[str
         )
     dropped = _OF_ADEMAMIX | (set() if is_adamw else {"eps"})
     kept = {name: value for name, value in group.items() if name not in dropped}
-    return {**kept, "params": list(group["params"]), "betas": betas, "maximize": False}
+    ours = {"params": list(group["params"]), "betas": betas, "maximize": False}
+    return {**kept, **ours, **({"amsgrad": False} if is_adamw else {})}
 
 
 def _our_state(where: str, state: dict[str, Any], is_adamw: bool) -> dict[str, Tensor]:

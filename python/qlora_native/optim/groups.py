@@ -31,6 +31,8 @@ def check_numbers(name: str, settings: tuple[str, ...], group: dict[str, Any]) -
         if key not in settings:
             continue
         value = group[key]
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name}: {key} has shape {list(value.shape)}, want one number")
         if isinstance(value, Tensor) and value.is_cuda:
             if key == "lr":
                 continue  # to look at it would wait for the device
@@ -40,7 +42,7 @@ def check_numbers(name: str, settings: tuple[str, ...], group: dict[str, Any]) -
             )
         if not 0.0 <= float(value) < math.inf:
             raise ValueError(f"{name}: {key} is {value}, want a finite number of at least 0")
-    if len(group["betas"]) != 2:
+    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
         raise ValueError(f"{name}: betas is {group['betas']}, want two numbers")
     for i, beta in enumerate(group["betas"]):
         if isinstance(beta, Tensor) and beta.is_cuda:

@@ -35,9 +35,10 @@ class PagedAdamW(PagedOptimizer):
         amsgrad: not done; True raises.
         stochastic_rounding: round bfloat16 parameters up or down at random, so that the expected
             value is that before rounding (Gupta et al. 2015): updates of less than half a last
-            place are not lost. The seed is drawn from torch's generator and kept in the group as
-            `rounding_seed`, so that a resumed run goes on with the same bits. Ranks that hold
-            copies of a parameter need one seed, as for all that is random: seed torch alike.
+            place are not lost.
+        rounding_seed: of stochastic rounding, kept in the group, so that a resumed run goes on with
+            the same bits; None draws one from torch's generator. Ranks that hold copies of a
+            parameter (DDP) need one seed.
         page_bytes: of a page; rounded down to what the kernels can cut.
         resident_bytes: the most device memory that state may take, of two pages at least, on each
             device; None lets the driver decide. On a CPU it is for a page_file, and the most
@@ -54,7 +55,7 @@ class PagedAdamW(PagedOptimizer):
     """
 
     _rule: ClassVar[Rule] = "adamw"
-    _settings = ("lr", "betas", "eps", "weight_decay", "maximize")
+    _settings = ("lr", "betas", "eps", "weight_decay", "maximize", "amsgrad")
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class PagedAdamW(PagedOptimizer):
         maximize: bool = False,
         amsgrad: bool = False,
         stochastic_rounding: bool = False,
+        rounding_seed: int | None = None,
         page_bytes: int = PAGE_BYTES,
         resident_bytes: int | None = None,
         paging: str = "automatic",
@@ -80,7 +82,7 @@ class PagedAdamW(PagedOptimizer):
             "maximize": maximize,
             "amsgrad": amsgrad,
             "stochastic_rounding": stochastic_rounding,
-            "rounding_seed": None,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(
             params,

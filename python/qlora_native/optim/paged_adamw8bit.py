@@ -35,5 +35,5 @@ class PagedAdamW8bit(State8bit, PagedAdamW):
         min_8bit_size: int = MIN_8BIT_SIZE,
         **settings: Any,
     ) -> None:
-        self.min_8bit_size = min_8bit_size
+        self._set_min_8bit_size(min_8bit_size)
         super().__init__(params, lr, betas, eps, weight_decay, **settings)

@@ -30,6 +30,7 @@ class PagedLion(PagedOptimizer):
         weight_decay: decoupled.
         maximize: as PagedAdamW.
         stochastic_rounding: as PagedAdamW.
+        rounding_seed: as PagedAdamW.
         page_bytes: as PagedAdamW.
         resident_bytes: as PagedAdamW.
         paging: as PagedAdamW.
@@ -51,6 +52,7 @@ class PagedLion(PagedOptimizer):
         *,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        rounding_seed: int | None = None,
         page_bytes: int = PAGE_BYTES,
         resident_bytes: int | None = None,
         paging: str = "automatic",
@@ -62,7 +64,7 @@ class PagedLion(PagedOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
-            "rounding_seed": None,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(
             params,

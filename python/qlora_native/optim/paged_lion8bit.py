@@ -33,5 +33,5 @@ class PagedLion8bit(State8bit, PagedLion):
         min_8bit_size: int = MIN_8BIT_SIZE,
         **settings: Any,
     ) -> None:
-        self.min_8bit_size = min_8bit_size
+        self._set_min_8bit_size(min_8bit_size)
         super().__init__(params, lr, betas, weight_decay, **settings)

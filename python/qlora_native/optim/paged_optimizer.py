@@ -14,7 +14,12 @@ from qlora_native.optim.gradients import check_steppable
 from qlora_native.optim.groups import check_group, complete_group
 from qlora_native.optim.paging_report import PagingReport, report_of
 from qlora_native.optim.shards import check_shards
-from qlora_native.optim.state_dicts import check_state_dict, pair_with_parameters, with_own_steps
+from qlora_native.optim.state_dicts import (
+    check_state_dict,
+    keep_rounding,
+    pair_with_parameters,
+    with_own_steps,
+)
 from qlora_native.optim.state_kind import Rule, StateKind, check_state
 from qlora_native.optim.state_pages import PagingOptions, Slot, StatePages
 from qlora_native.optim.step import Batch, Scaling, make_calls, prepare_calls, run_calls
@@ -46,7 +51,9 @@ class PagedOptimizer(torch.optim.Optimizer):
     nothing, and does not count. Else a NaN propagates as in torch; in 8-bit state it reaches its
     block of 256 elements and no further.
 
-    **Errors** of a step leave parameters and state as they were.
+    **Errors** of a step leave parameters and state as they were, but for one: that a page file
+    could not be written (OSError) is known when a step is done, and leaves state that cannot be
+    relied on.
 
     Subclasses say which rule steps a parameter, and which kind of state it has.
     """
@@ -122,13 +129,16 @@ class PagedOptimizer(torch.optim.Optimizer):
 
         Their state moves there, unless it need not be kept; that of others does in any case.
         """
-        name, slots = type(self).__name__, self._pages.slots
+        name, pages = type(self).__name__, self._pages
         needed = {id(param): param for param in params}
-        if all(i in slots and slots[i].fits(p, self._kind_of(p)) for i, p in needed.items()):
+        slots = {i: pages.get(param) for i, param in needed.items()}
+        if all(
+            slot and slot.fits(needed[i], self._kind_of(needed[i])) for i, slot in slots.items()
+        ):
             return
         wanted, live = [], []
         for number, param in self._numbered():
-            slot = slots.get(id(param))
+            slot = pages.get(param)
             if not (id(param) in needed or slot is not None or param.requires_grad):
                 continue
             try:
@@ -149,18 +159,25 @@ class PagedOptimizer(torch.optim.Optimizer):
                 live.append(param)
             wanted.append((number, param, kind))
         self._wait_for_copies()
-        self._pages.lay_out(wanted, live)
+        with torch.inference_mode(False), torch.no_grad():
+            pages.lay_out(wanted, live)
         self._moved_before = []  # of pages that are no more
         for param in live:
             # In place: whoever holds the dict of a parameter sees its state.
-            self.state[param].update(self._pages.slots[id(param)].views)
+            self.state[param].update(self._place_of(param).views)
 
-    def _adopt(self, slot: Slot, state: dict[str, Any]) -> None:
-        """Take state that others put in the place of the pages', as unpickling does."""
-        where = f"{type(self).__name__}: state of parameter {slot.number}"
-        check_state(where, slot.param, state, slot.kind)
-        slot.write(state)
-        state.update(slot.views)
+    def _place_of(self, param: Tensor) -> Slot:
+        slot = self._pages.get(param)
+        assert slot is not None  # laid out before
+        return slot
+
+    def _write(self, states: list[tuple[Slot, dict[str, Any]]]) -> None:
+        """Copy checked states into their places, whatever of them lies in other places of ours."""
+        self._wait_for_copies()
+        copies = [(slot, self._pages.own_copies(slot, state)) for slot, state in states]
+        with torch.no_grad():
+            for slot, state in copies:
+                slot.write(state)
 
     def paging_report(self) -> PagingReport:
         """The pages, what was asked to be where, and what the last step moved."""
@@ -178,7 +195,8 @@ class PagedOptimizer(torch.optim.Optimizer):
                 number is out of its range.
             NotImplementedError: a parameter is on a device that has no such operation, or on a CUDA
                 device that this build cannot use.
-            OSError: state was to be reserved in the page file, and cannot be.
+            OSError: state was to be reserved in the page file, and cannot be. (Or, after the step,
+                the file could not be written.)
             RuntimeError: a CUDA graph is captured before the first step.
             torch.OutOfMemoryError, MemoryError: there is no memory for state or scratch.
 
@@ -192,29 +210,51 @@ class PagedOptimizer(torch.optim.Optimizer):
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         for group in self.param_groups:
             check_group(name, self._settings, group)
-        batches, fresh = self._gather()
+        self._pages.check_process(name)
+        batches, others = self._gather()
         # All groups are checked before the first is updated.
         calls = make_calls(name, batches, scaling)
         prepare_calls(calls)
-        for slot in fresh:
-            slot.clear()
-            self.state[slot.param] = dict(slot.views)
+        fresh = self._bring_into_pages(others)
         self._moved_before = [buffer.report() for buffer in self._pages.buffers]
-        run_calls(calls)
+        try:
+            run_calls(calls)
+        except BaseException:
+            not_run = {id(slot) for call in calls for slot in call.slots}
+            for param, slot in fresh:
+                if id(slot) in not_run:
+                    del self.state[param]
+            raise
         return loss
 
-    def _gather(self) -> tuple[list[Batch], list[Slot]]:
-        """The parameters that have a gradient, and the places of those that have no state yet."""
-        slots, states = self._pages.slots, self.state
+    def _bring_into_pages(self, params: list[tuple[Tensor, Slot]]) -> list[tuple[Tensor, Slot]]:
+        """Have the state of parameters in their places; returns those that had none."""
+        of_others = [(slot, self.state[param]) for param, slot in params if self.state.get(param)]
+        fresh = [(param, slot) for param, slot in params if not self.state.get(param)]
+        if of_others or not all(slot.is_zero for _, slot in fresh):
+            self._write(of_others)
+        for slot, state in of_others:
+            state.update(slot.views)
+        for param, slot in fresh:
+            slot.clear()
+            self.state[param] = dict(slot.views)
+        return fresh
+
+    def _gather(self) -> tuple[list[Batch], list[tuple[Tensor, Slot]]]:
+        """The parameters that have a gradient, and those of them whose state is not in its place.
+
+        They have none yet, or others put it there, as unpickling does.
+        """
+        pages, states = self._pages, self.state
         batches: list[Batch] = []
-        fresh: list[Slot] = []
+        others: list[tuple[Tensor, Slot]] = []
         for group in self.param_groups:
             of_pages: dict[_core.PagedState, Batch] = {}
             for param in group["params"]:
                 grad = param.grad
                 if grad is None:
                     continue
-                slot = slots.get(id(param))
+                slot = pages.get(param)
                 if slot is None or slot.shape != param.shape:
                     self._refuse_to_capture(param)
                     self._lay_out(p for _, p in self._numbered() if p.grad is not None)
@@ -226,9 +266,9 @@ class PagedOptimizer(torch.optim.Optimizer):
                         self._lay_out([param])
                         return self._gather()
                     if state:
-                        self._adopt(slot, state)
-                    else:
-                        fresh.append(slot)
+                        where = f"{type(self).__name__}: state of parameter {slot.number}"
+                        check_state(where, param, state, slot.kind)
+                    others.append((param, slot))
                 batch = of_pages.get(slot.pages)
                 if batch is None:
                     batch = of_pages[slot.pages] = Batch(group, [], [], [])
@@ -236,7 +276,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 batch.grads.append(grad)
                 batch.slots.append(slot)
             batches += of_pages.values()
-        return batches, fresh
+        return batches, others
 
     def _refuse_to_capture(self, param: Tensor) -> None:
         if param.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -250,7 +290,14 @@ class PagedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the step counts on the CPU; the moments are those in the pages."""
         self._wait_for_copies()
-        return with_own_steps(super().state_dict())
+        # Before the user's hooks, which may put it into another form.
+        hook = self.register_state_dict_post_hook(
+            lambda _, state_dict: with_own_steps(state_dict), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class, of its like in torch or of its like in bitsandbytes.
@@ -263,29 +310,28 @@ class PagedOptimizer(torch.optim.Optimizer):
 
         Nothing is then loaded.
         """
-        if is_bitsandbytes_state(state_dict):
-            state_dict = from_bitsandbytes(state_dict)
         # torch casts a parameter's state to the parameter's dtype, which would ruin fp32 moments of
         # 16-bit parameters and 8-bit codes alike, and copies it once more. A hook, which runs after
         # the user's own, takes it away, and another puts it into the pages.
         loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            if is_bitsandbytes_state(final):
+                final = from_bitsandbytes(final)
             check_state_dict(type(self).__name__, self._settings, self.param_groups, final)
+            self._pages.check_process(type(self).__name__)
             pairs = pair_with_parameters(self.param_groups, final)
             for i, param, state in pairs:
                 self._check_state(f"{type(self).__name__}: state of parameter {i}", param, state)
             # What is needed is taken before anything changes.
             self._lay_out((param for _, param, _ in pairs), keeps_state=False)
-            self._wait_for_copies()
             loaded.extend((param, state) for _, param, state in pairs)
-            return {**final, "state": {}}
+            return {**final, "state": {}, "param_groups": keep_rounding(self.param_groups, final)}
 
         def put(_: torch.optim.Optimizer) -> None:
-            for param, state in loaded:
-                slot = self._pages.slots[id(param)]
-                slot.write(state)
-                self.state[param].update(slot.views)
+            self._write([(self._place_of(param), state) for param, state in loaded])
+            for param, _state in loaded:
+                self.state[param] = dict(self._place_of(param).views)
 
         hooks = (
             self.register_load_state_dict_pre_hook(take),

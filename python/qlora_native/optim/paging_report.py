@@ -78,6 +78,11 @@ class PagingReport(NamedTuple):
         """In the last step."""
         return sum(part.moved_to_host_bytes for part in self.parts)
 
+    @property
+    def refused_bytes(self) -> int:
+        """In the last step."""
+        return sum(part.refused_bytes for part in self.parts)
+
 
 def report_of(buffers: list[_core.PagedState], before: list["_core.PagedReport"]) -> PagingReport:
     """The report of `buffers`, whose accounts were `before` when the last step began."""

@@ -21,6 +21,13 @@ class State8bit(PagedOptimizer):
 
     min_8bit_size: int
 
+    def _set_min_8bit_size(self, size: int) -> None:
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(
+                f"{type(self).__name__}: min_8bit_size is {size!r}, want a number of elements"
+            )
+        self.min_8bit_size = size
+
     def _keeps_8bit_state(self, param: Tensor) -> bool:
         return param.numel() >= self.min_8bit_size
 

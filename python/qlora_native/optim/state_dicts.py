@@ -19,7 +19,7 @@ def with_own_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
     steps = {}
     for device in devices:  # one copy for all of a device's
         there = [i for i in counted if states[i]["step"].device == device]
-        together = torch.stack([states[i]["step"].detach() for i in there]).cpu()
+        together = torch.stack([states[i]["step"].detach().reshape(()) for i in there]).cpu()
         steps.update({i: step.clone() for i, step in zip(there, together, strict=True)})
     own = {i: {**state, "step": steps[i]} if i in steps else state for i, state in states.items()}
     return {**state_dict, "state": own}
@@ -34,6 +34,16 @@ def pair_with_parameters(
     states = state_dict["state"]
     pairs = enumerate(zip(ids, params, strict=True))
     return [(number, param, states[i]) for number, (i, param) in pairs if states.get(i)]
+
+
+def keep_rounding(
+    param_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The groups of a state dict; where they say nothing of rounding, as `param_groups` do."""
+    return [
+        {key: own[key] for key in ("stochastic_rounding", "rounding_seed")} | group
+        for own, group in zip(param_groups, state_dict["param_groups"], strict=True)
+    ]
 
 
 def check_state_dict(

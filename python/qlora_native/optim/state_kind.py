@@ -60,6 +60,10 @@ def check_state(where: str, param: Tensor, state: dict[str, Any], kind: StateKin
         value = state[name]
         if not isinstance(value, Tensor):
             raise ValueError(f"{where}: {name} is a {type(value).__name__}, want a tensor")
+        if value.layout is not torch.strided or value.is_meta:
+            raise ValueError(
+                f"{where}: {name} is {value.layout} on {value.device}, want a dense tensor"
+            )
         shape = kind.shape_of(name, param)
         if value.shape != shape:
             raise ValueError(f"{where}: {name} has shape {list(value.shape)}, want {list(shape)}")
@@ -80,7 +84,8 @@ def check_state(where: str, param: Tensor, state: dict[str, Any], kind: StateKin
 def _is_count(step: Any) -> bool:
     if isinstance(step, Tensor):
         if step.numel() != 1 or step.device.type != "cpu":
-            return step.numel() == 1  # to look at it would wait for the device
+            # To look at one on a device would wait for it.
+            return step.numel() == 1 and not step.is_meta
         step = step.item()
     return isinstance(step, (int, float)) and step >= 0 and float(step).is_integer()
 

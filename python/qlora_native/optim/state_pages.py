@@ -5,6 +5,9 @@ in the order of the optimiser's groups; small ones share pages. What `optimizer.
 tensors over that memory.
 """
 
+import mmap
+import os
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from operator import is_
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _core
-from qlora_native.ops.storage import execution
+from qlora_native.ops.storage import execution, run_core
 from qlora_native.optim.state_kind import BLOCK, StateKind, block_count
 from qlora_native.sharding import as_shard_of, is_sharded, local_part
 
@@ -22,7 +25,7 @@ _STRATEGIES = ("automatic", "managed", "pinned")
 
 
 class PagingOptions(NamedTuple):
-    """How an optimiser's state is kept; `qlora_native.optim.PagedOptimizer` explains each."""
+    """How an optimiser's state is kept; `qlora_native.PagedAdamW` explains each."""
 
     page_bytes: int
     resident_bytes: int | None
@@ -39,10 +42,26 @@ class PagingOptions(NamedTuple):
             value = getattr(self, argument)
             if not isinstance(value, int) and not (value is None and argument == "resident_bytes"):
                 raise ValueError(f"{name}: {argument} is {value!r}, want a number of bytes")
+        if self.resident_bytes is not None and self.resident_bytes < 0:
+            raise ValueError(
+                f"{name}: resident_bytes is {self.resident_bytes}, want a number of at least 0"
+            )
+        if self.page_file is not None:
+            # Of no parameter yet: a directory that cannot be used is told at once.
+            _core.PagedBuffer("cpu", mmap.PAGESIZE, strategy="file", page_file=self.page_file)
+
+    def of_device(self, device_type: str, all_types: set[str]) -> "PagingOptions":
+        """What of them is for a device; where there is no other kind, the core refuses the rest."""
+        if len(all_types) < 2:
+            return self
+        if device_type == "cuda":
+            return self._replace(page_file=None)
+        budget = self.resident_bytes if self.page_file is not None else None
+        return self._replace(paging="automatic", resident_bytes=budget)
 
 
 class Slot:
-    """The place of one parameter's state.
+    """The place of one parameter's state; it does not keep the parameter.
 
     Attributes:
         views: what `optimizer.state` holds of it: the step count, and a tensor for each plane.
@@ -50,13 +69,13 @@ class Slot:
     """
 
     __slots__ = (
-        "device", "first_element", "is_zero", "kind", "number", "pages", "param", "shape", "views",
+        "_param", "device", "first_element", "is_zero", "kind", "number", "pages", "shape", "views",
     )  # fmt: skip
 
     def __init__(
         self, param: Tensor, kind: StateKind, number: int, pages: _core.PagedState, first: int
     ) -> None:
-        self.param = param
+        self._param = weakref.ref(param)
         self.device = local_part(param).device
         self.shape = param.shape
         self.kind = kind
@@ -65,6 +84,11 @@ class Slot:
         self.first_element = first
         self.is_zero = True
         self.views: dict[str, Tensor] = {}
+
+    @property
+    def param(self) -> Tensor | None:
+        """The parameter, if it still lives."""
+        return self._param()
 
     def holds(self, state: Mapping[str, Any] | None) -> bool:
         """Whether a parameter's state is the tensors of this slot, and not others put there."""
@@ -103,8 +127,41 @@ class StatePages:
 
     def __init__(self, options: PagingOptions) -> None:
         self.options = options
-        self.slots: dict[int, Slot] = {}  # by the id of the parameter, which a slot keeps
+        self._slots: dict[int, Slot] = {}  # by the id of the parameter
         self.buffers: list[_core.PagedState] = []
+        self._owner = os.getpid()
+
+    def get(self, param: Tensor) -> Slot | None:
+        """The place of a parameter, if it has one."""
+        slot = self._slots.get(id(param))
+        return slot if slot is not None and slot.param is param else None  # an id may be used again
+
+    def check_process(self, name: str) -> None:
+        """Raise NotImplementedError in a forked child that shares a page file with its parent."""
+        if self.options.page_file is not None and os.getpid() != self._owner:
+            raise NotImplementedError(
+                f"{name}: this process was forked from the one that made the optimiser, whose page "
+                "file it would write to"
+            )
+
+    def own_copies(self, slot: Slot, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state that is to be written to a slot, with copies of what lies in other slots.
+
+        Those may be written first.
+        """
+        ours = {
+            local_part(view).untyped_storage().data_ptr()
+            for other in self._slots.values()
+            for view in other.views.values()
+        }
+        return {
+            name: value.clone()
+            if isinstance(value, Tensor)
+            and value is not slot.views.get(name)
+            and local_part(value).untyped_storage().data_ptr() in ours
+            else value
+            for name, value in state.items()
+        }
 
     def lay_out(
         self, wanted: Iterable[tuple[int, Tensor, StateKind]], live: Iterable[Tensor]
@@ -117,17 +174,21 @@ class StatePages:
         by_pages = defaultdict(list)
         for number, param, kind in wanted:
             by_pages[local_part(param).device, kind].append((number, param))
-        budgets = self._split_budget(by_pages)
+        options = {
+            device.type: self.options.of_device(device.type, {other.type for other, _ in by_pages})
+            for device, _ in by_pages
+        }
+        budgets = self._split_budget(by_pages, options)
         slots: dict[int, Slot] = {}
         buffers = []
         for (device, kind), members in by_pages.items():
-            pages = self._make_pages(device, kind, members, budgets[device, kind])
+            pages = _make_pages(device, kind, members, options[device.type], budgets[device, kind])
             buffers.append(pages)
             slots.update(_make_slots(pages, device, kind, members))
         for param in live:
-            old, new = self.slots[id(param)], slots[id(param)]
+            old, new = self._slots[id(param)], slots[id(param)]
             new.write(old.views)
-        self.slots, self.buffers = slots, buffers
+        self._slots, self.buffers = slots, buffers
 
     def page_bytes_of(self, kind: StateKind) -> int:
         """Of a page of such state, which the core cuts at what its kernels can.
@@ -137,49 +198,16 @@ class StatePages:
         page_bytes = self.options.page_bytes
         return _core.PagedState("cpu", kind.rule, kind.is_8bit, 0, page_bytes=page_bytes).page_bytes
 
-    def _make_pages(
-        self,
-        device: torch.device,
-        kind: StateKind,
-        members: list[tuple[int, Tensor]],
-        resident_bytes: int | None,
-    ) -> _core.PagedState:
-        options = self.options
-        elements = sum(_room_of(param) for _, param in members)
-        try:
-            pages = _core.PagedState(
-                str(device),
-                kind.rule,
-                kind.is_8bit,
-                elements,
-                page_bytes=options.page_bytes,
-                strategy=options.paging,
-                resident_bytes=resident_bytes,
-                page_file=options.page_file,
-            )
-        except ValueError as error:
-            if resident_bytes in (None, options.resident_bytes):
-                raise
-            raise ValueError(
-                f"{error} (the share of {8 if kind.is_8bit else 32}-bit state on {device}; "
-                f"all is resident_bytes {options.resident_bytes})"
-            ) from error
-        if pages.strategy == "pinned" and any(is_sharded(param) for _, param in members):
-            raise NotImplementedError(
-                "paging is 'pinned', which keeps state on the host, and a parameter is sharded: "
-                "its state must be where the parameter is; use 'managed'"
-            )
-        return pages
-
     def _split_budget(
-        self, by_pages: Mapping[tuple[torch.device, StateKind], list[tuple[int, Tensor]]]
+        self,
+        by_pages: Mapping[tuple[torch.device, StateKind], list[tuple[int, Tensor]]],
+        options: Mapping[str, PagingOptions],
     ) -> dict[tuple[torch.device, StateKind], int | None]:
         """resident_bytes for each kind of state on a device: two pages, and a share of the rest.
 
         With several devices, each has resident_bytes.
         """
-        total = self.options.resident_bytes
-        if total is None:
+        if self.options.resident_bytes is None:
             return dict.fromkeys(by_pages)
         sizes = {
             key: sum(_room_of(param) for _, param in members) * _bytes_per_block(key[1]) // BLOCK
@@ -190,6 +218,10 @@ class StatePages:
         budgets: dict[tuple[torch.device, StateKind], int | None] = {}
         for device in {device for device, _ in by_pages}:
             keys = [key for key in by_pages if key[0] == device]
+            total = options[device.type].resident_bytes
+            if total is None:
+                budgets.update(dict.fromkeys(keys))
+                continue
             rest = total - sum(needs[key] for key in keys)
             beyond = sum(sizes[key] - needs[key] for key in keys)
             for key in keys:
@@ -199,6 +231,41 @@ class StatePages:
                     share = rest * (sizes[key] - needs[key]) // beyond if beyond else rest
                 budgets[key] = needs[key] + share
         return budgets
+
+
+def _make_pages(
+    device: torch.device,
+    kind: StateKind,
+    members: list[tuple[int, Tensor]],
+    options: PagingOptions,
+    resident_bytes: int | None,
+) -> _core.PagedState:
+    elements = sum(_room_of(param) for _, param in members)
+    try:
+        pages = run_core(
+            _core.PagedState,
+            str(device),
+            kind.rule,
+            kind.is_8bit,
+            elements,
+            page_bytes=options.page_bytes,
+            strategy=options.paging,
+            resident_bytes=resident_bytes,
+            page_file=options.page_file,
+        )
+    except ValueError as error:
+        if resident_bytes in (None, options.resident_bytes):
+            raise
+        raise ValueError(
+            f"{error} (the share of {8 if kind.is_8bit else 32}-bit state on {device}; "
+            f"all is resident_bytes {options.resident_bytes})"
+        ) from error
+    if pages.strategy == "pinned" and any(is_sharded(param) for _, param in members):
+        raise NotImplementedError(
+            "paging is 'pinned', which keeps state on the host, and a parameter is sharded: "
+            "its state must be where the parameter is; use 'managed'"
+        )
+    return pages
 
 
 def _make_slots(

@@ -12,7 +12,7 @@ from qlora_native import _core
 from qlora_native.ops.storage import PLAIN_TYPES, execution, run_core
 from qlora_native.optim.gradients import check_gradient, check_steppable, in_core
 from qlora_native.optim.state_pages import Slot
-from qlora_native.sharding import local_part, shard_index
+from qlora_native.sharding import is_sharded, local_part, shard_index
 
 
 class Scaling(NamedTuple):
@@ -35,8 +35,8 @@ class Call(NamedTuple):
     """A call of the core, checked, with the tensors that it reads and writes."""
 
     step: _core.PagedStep
-    device: torch.device
-    kept: list[Any]  # memory that the call needs and nobody else may keep
+    slots: list[Slot]
+    kept: list[Any]  # memory that the call needs and nobody else may keep; parameters first
     written: list[Tensor]  # parameters that it writes
     copies: list[tuple[Tensor, Tensor]]  # parameters that it steps as a copy, and the copies
 
@@ -51,6 +51,8 @@ def make_calls(name: str, batches: list[Batch], scaling: Scaling) -> list[Call]:
         try:
             calls += [_make_call(name, part, scaling) for part in _parts(batch)]
         except ValueError:
+            if len(set(map(id, batch.params))) < len(batch.params):
+                raise ValueError(f"{name}: a parameter is in a group twice") from None
             for one in zip(batch.params, batch.grads, batch.slots, strict=True):
                 _explain(name, *one)  # the core does not know parameters by these names
             raise
@@ -58,19 +60,34 @@ def make_calls(name: str, batches: list[Batch], scaling: Scaling) -> list[Call]:
 
 
 def prepare_calls(calls: list[Call]) -> None:
-    """Take the memory that they need, on the current stream of each one's device."""
-    for call in calls:
-        run_core(call.step.prepare, *execution(call.kept[0][0]))
+    """Take the memory that they need, on the current stream of each one's device, or none."""
+    try:
+        for call in calls:
+            run_core(call.step.prepare, *execution(call.kept[0][0]))
+    except BaseException:
+        calls.clear()  # a traceback would keep what was taken
+        raise
 
 
 def run_calls(calls: list[Call]) -> None:
-    """Run them, one after the other."""
-    for call in calls:
-        call.step.run()
+    """Run them, one after the other. After an error `calls` are those that have not run.
+
+    That a page file could not be written is told when a step is done: that error comes last.
+    """
+    of_files: OSError | None = None
+    while calls:
+        call = calls[0]
+        try:
+            call.step.run()
+        except OSError as error:
+            of_files = of_files or error
         for param, stepped in call.copies:
             param.copy_(stepped)
         if call.written:
             increment_version(call.written)  # autograd sees the write, as of any in-place one
+        calls.pop(0)
+    if of_files is not None:
+        raise of_files
 
 
 def _parts(batch: Batch) -> list[Batch]:
@@ -79,7 +96,7 @@ def _parts(batch: Batch) -> list[Batch]:
     if any(a.first_element > b.first_element for a, b in pairwise(slots)):
         order = sorted(range(len(slots)), key=lambda i: slots[i].first_element)
         batch = Batch(batch.group, *([values[i] for i in order] for values in batch[1:]))
-    if not batch.group["stochastic_rounding"]:
+    if not batch.group["stochastic_rounding"] or not any(map(is_sharded, batch.params)):
         return [batch]
     by_shard: dict[int, list[int]] = defaultdict(list)
     for i, param in enumerate(batch.params):
@@ -106,15 +123,18 @@ def _make_call(name: str, batch: Batch, scaling: Scaling) -> Call:
     if not all(map(_is_in_core, params, grads)):
         params, grads, written = [], [], []
         for param, grad, slot in zip(batch.params, batch.grads, slots, strict=True):
-            _explain(name, param, grad, slot)  # before their memory is asked for
-            local = local_part(param)
-            dense, dense_grad = in_core(param, grad)
+            local, dense, dense_grad = param, param, grad
+            if not _is_in_core(param, grad):
+                _explain(name, param, grad, slot)  # before their memory is asked for
+                local = local_part(param)
+                dense, dense_grad = in_core(param, grad)
             params.append(dense)
             grads.append(dense_grad)
-            if dense is local:
-                written.append(local)
-            else:
+            if dense is not local:
                 copies.append((local, dense))
+            elif local is not param:
+                written.append(local)
+            written.append(param)
     lr = group["lr"]
     beta1, beta2 = group["betas"]
     reads_lr = device.type == "cuda" and isinstance(lr, Tensor) and lr.is_cuda
@@ -139,7 +159,7 @@ def _make_call(name: str, batch: Batch, scaling: Scaling) -> Call:
         rounding_seed=group["rounding_seed"] if group["stochastic_rounding"] else None,
         **numbers,
     )
-    return Call(step, device, [params, grads, numbers], written, copies)
+    return Call(step, slots, [params, grads, numbers], written, copies)
 
 
 def _on_device(number: Tensor | None, device: torch.device) -> Tensor | None:

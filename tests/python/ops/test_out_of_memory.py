@@ -135,8 +135,9 @@ def test_a_step_of_an_optimiser_is_called_so(torch_cuda, monkeypatch, failures):
 
     class Step:
         def __init__(self, *arguments, **options):
-            self.run = Failing(step_of_core(*arguments, **options).run, failures)
-            steps.append(self.run)
+            step = step_of_core(*arguments, **options)
+            self.prepare, self.run = Failing(step.prepare, failures), step.run
+            steps.append(self.prepare)
 
     step_of_core = _core.PagedStep
     monkeypatch.setattr(_core, "PagedStep", Step)
