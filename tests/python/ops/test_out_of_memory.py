@@ -130,13 +130,14 @@ def test_every_operation_is_called_so(torch_cuda, monkeypatch):
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_step_of_an_optimiser_is_called_so(torch_cuda, monkeypatch, failures):
-    """Once more, without having counted; and what fails twice has left no state."""
+    """Before anything is stepped; and what fails twice has left no state."""
     steps = []
 
     class Step:
         def __init__(self, *arguments, **options):
-            self.run = Failing(step_of_core(*arguments, **options).run, failures)
-            steps.append(self.run)
+            step = step_of_core(*arguments, **options)
+            self.prepare, self.run = Failing(step.prepare, failures), step.run
+            steps.append(self.prepare)
 
     step_of_core = _core.PagedStep
     monkeypatch.setattr(_core, "PagedStep", Step)
@@ -153,5 +154,5 @@ def test_a_step_of_an_optimiser_is_called_so(torch_cuda, monkeypatch, failures):
                 optimizer.step()
             assert not optimizer.state
             assert (p == 1).all()
-    assert [run.calls for run in steps] == [2] * 4
+    assert [prepare.calls for prepare in steps] == [2] * 4
     assert torch_cuda.emptied == 4

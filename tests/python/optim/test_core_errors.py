@@ -1,4 +1,4 @@
-"""Errors of the core while a step runs: fresh state is left out, and the next step goes on."""
+"""Errors of the core before a step runs: nothing has changed, and the next step goes on."""
 
 import pytest
 import torch
@@ -20,23 +20,23 @@ from qlora_native.optim.state_pages import StatePages
 
 
 class Failing:
-    """A step of the core that raises instead of running."""
+    """A step of the core that finds no memory, or is interrupted."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def run(self, num_threads: int, stream: int) -> None:
+    def prepare(self, num_threads: int, stream: int) -> None:
         raise self.error
 
 
 @pytest.fixture
 def fail(monkeypatch):
-    """`fail(error)`: the next step raises it in the first call of the core."""
+    """`fail(error)`: the next step raises it when it prepares its last call of the core."""
 
     def arrange(error: BaseException) -> None:
         def make_calls(*arguments):
             calls = real(*arguments)
-            return [calls[0]._replace(step=Failing(error)), *calls[1:]]
+            return [*calls[:-1], calls[-1]._replace(step=Failing(error))]
 
         real = paged_optimizer.make_calls
         monkeypatch.setattr(paged_optimizer, "make_calls", make_calls)
@@ -50,7 +50,7 @@ def fail(monkeypatch):
     "error", [MemoryError(), OSError(28, "full"), KeyboardInterrupt()], ids=repr
 )
 @pytest.mark.parametrize("steps", [0, 2])
-def test_an_error_while_a_step_runs_leaves_fresh_state_out(
+def test_an_error_of_the_last_call_is_found_before_the_first_runs(
     optimizer_class, error, steps, fail, monkeypatch
 ):
     parameters = make_parameters(shapes=[(5000,), (300,), (40,)])
