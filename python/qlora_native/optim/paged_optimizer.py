@@ -75,6 +75,8 @@ class PagedOptimizer(torch.optim.Optimizer):
         paging: str,
         page_file: str | os.PathLike[str] | None,
     ) -> None:
+        if page_file is not None and not os.fspath(page_file):
+            raise ValueError(f"{type(self).__name__}: page_file is '', want a directory")
         directory = None if page_file is None else os.path.abspath(os.fspath(page_file))
         options = PagingOptions(page_bytes, resident_bytes, paging, directory)
         options.check(type(self).__name__)

@@ -7,7 +7,6 @@ tensors over that memory.
 
 import mmap
 import os
-import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from operator import is_
@@ -61,7 +60,7 @@ class PagingOptions(NamedTuple):
 
 
 class Slot:
-    """The place of one parameter's state; it does not keep the parameter.
+    """The place of one parameter's state.
 
     Attributes:
         views: what `optimizer.state` holds of it: the step count, and a tensor for each plane.
@@ -69,13 +68,13 @@ class Slot:
     """
 
     __slots__ = (
-        "_param", "device", "first_element", "is_zero", "kind", "number", "pages", "shape", "views",
+        "device", "first_element", "is_zero", "kind", "number", "pages", "param", "shape", "views",
     )  # fmt: skip
 
     def __init__(
         self, param: Tensor, kind: StateKind, number: int, pages: _core.PagedState, first: int
     ) -> None:
-        self._param = weakref.ref(param)
+        self.param = param
         self.device = local_part(param).device
         self.shape = param.shape
         self.kind = kind
@@ -84,11 +83,6 @@ class Slot:
         self.first_element = first
         self.is_zero = True
         self.views: dict[str, Tensor] = {}
-
-    @property
-    def param(self) -> Tensor | None:
-        """The parameter, if it still lives."""
-        return self._param()
 
     def holds(self, state: Mapping[str, Any] | None) -> bool:
         """Whether a parameter's state is the tensors of this slot, and not others put there."""
@@ -127,14 +121,13 @@ class StatePages:
 
     def __init__(self, options: PagingOptions) -> None:
         self.options = options
-        self._slots: dict[int, Slot] = {}  # by the id of the parameter
+        self.slots: dict[int, Slot] = {}  # by the id of the parameter, which a slot keeps
         self.buffers: list[_core.PagedState] = []
         self._owner = os.getpid()
 
     def get(self, param: Tensor) -> Slot | None:
         """The place of a parameter, if it has one."""
-        slot = self._slots.get(id(param))
-        return slot if slot is not None and slot.param is param else None  # an id may be used again
+        return self.slots.get(id(param))
 
     def check_process(self, name: str) -> None:
         """Raise NotImplementedError in a forked child that shares a page file with its parent."""
@@ -151,7 +144,7 @@ class StatePages:
         """
         ours = {
             local_part(view).untyped_storage().data_ptr()
-            for other in self._slots.values()
+            for other in self.slots.values()
             for view in other.views.values()
         }
         return {
@@ -186,9 +179,9 @@ class StatePages:
             buffers.append(pages)
             slots.update(_make_slots(pages, device, kind, members))
         for param in live:
-            old, new = self._slots[id(param)], slots[id(param)]
+            old, new = self.slots[id(param)], slots[id(param)]
             new.write(old.views)
-        self._slots, self.buffers = slots, buffers
+        self.slots, self.buffers = slots, buffers
 
     def page_bytes_of(self, kind: StateKind) -> int:
         """Of a page of such state, which the core cuts at what its kernels can.

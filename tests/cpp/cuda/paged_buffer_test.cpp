@@ -339,6 +339,22 @@ TEST_P(CudaPaging, APageComesAfterWhatTheCallersStreamWrote) {
   }
 }
 
+TEST_P(CudaPaging, APageThatCameAheadIsWhatTheHostWroteSince) {
+  const Stream stream;
+  const auto buffer = make(GetParam());
+  for (std::int64_t page = 0; page < 2; ++page) {  // a walk that ends: page 2 has come for nothing
+    buffer->begin(page, stream);
+    buffer->end(page, stream);
+  }
+  buffer->join(stream);
+  cudaStreamSynchronize(stream);
+  std::memset(buffer->data(), 0, static_cast<std::size_t>(bytes));
+  walk(*buffer, stream, 0);
+  cudaStreamSynchronize(stream);
+  EXPECT_EQ(
+      0, std::memcmp(buffer->data(), expected_after(1).data(), static_cast<std::size_t>(bytes)));
+}
+
 TEST_P(CudaPaging, OfTwoRequestsTheLaterOneCounts) {
   if (GetParam().strategy != PagingStrategy::managed) GTEST_SKIP() << "the host keeps a copy";
   for (const Turn turn : {Turn::oldest_stream, Turn::newest_stream}) {

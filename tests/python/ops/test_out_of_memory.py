@@ -130,7 +130,7 @@ def test_every_operation_is_called_so(torch_cuda, monkeypatch):
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_step_of_an_optimiser_is_called_so(torch_cuda, monkeypatch, failures):
-    """Once more, without having counted; and what fails twice has left no state."""
+    """Before anything is stepped; and what fails twice has left no state."""
     steps = []
 
     class Step:
@@ -154,5 +154,5 @@ def test_a_step_of_an_optimiser_is_called_so(torch_cuda, monkeypatch, failures):
                 optimizer.step()
             assert not optimizer.state
             assert (p == 1).all()
-    assert [run.calls for run in steps] == [2] * 4
+    assert [prepare.calls for prepare in steps] == [2] * 4
     assert torch_cuda.emptied == 4

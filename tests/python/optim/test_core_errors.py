@@ -1,4 +1,4 @@
-"""Errors of the core while a step runs: fresh state is left out, and the next step goes on."""
+"""Errors of the core before a step runs: nothing has changed, and the next step goes on."""
 
 import pytest
 import torch
@@ -15,31 +15,27 @@ from optimizers import (
 )
 
 from qlora_native import _core
-from qlora_native.optim import paged_optimizer
-from qlora_native.optim.state_pages import StatePages
+from qlora_native.optim import paged_optimizer, state_pages
 
 
 class Failing:
-    """A step of the core that raises instead of running."""
-
-    def prepare(self, num_threads: int, stream: int) -> None:
-        pass
+    """A step of the core that finds no memory, or is interrupted."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def run(self) -> None:
+    def prepare(self, num_threads: int, stream: int) -> None:
         raise self.error
 
 
 @pytest.fixture
 def fail(monkeypatch):
-    """`fail(error)`: the next step raises it in the first call of the core."""
+    """`fail(error)`: the next step raises it when it prepares its last call of the core."""
 
     def arrange(error: BaseException) -> None:
         def make_calls(*arguments):
             calls = real(*arguments)
-            return [calls[0]._replace(step=Failing(error)), *calls[1:]]
+            return [*calls[:-1], calls[-1]._replace(step=Failing(error))]
 
         real = paged_optimizer.make_calls
         monkeypatch.setattr(paged_optimizer, "make_calls", make_calls)
@@ -53,7 +49,7 @@ def fail(monkeypatch):
     "error", [MemoryError(), RuntimeError("the device"), KeyboardInterrupt()], ids=repr
 )
 @pytest.mark.parametrize("steps", [0, 2])
-def test_an_error_while_a_step_runs_leaves_fresh_state_out(
+def test_an_error_of_the_last_call_is_found_before_the_first_runs(
     optimizer_class, error, steps, fail, monkeypatch
 ):
     parameters = make_parameters(shapes=[(5000,), (300,), (40,)])
@@ -85,7 +81,7 @@ def test_pages_that_cannot_be_made_leave_the_old_ones(optimizer_class, monkeypat
     def refuse(*arguments, **options):
         raise MemoryError("no bytes of host memory")
 
-    monkeypatch.setattr(StatePages, "_make_pages", refuse)
+    monkeypatch.setattr(state_pages, "_make_pages", refuse)
     with nothing_changes(optimizer), pytest.raises(MemoryError, match="no bytes"):
         optimizer.step()
     state_dict = reference.state_dict()
@@ -93,7 +89,7 @@ def test_pages_that_cannot_be_made_leave_the_old_ones(optimizer_class, monkeypat
     source = stepped(optimizer_class, make_parameters(shapes=[(300,)]), steps=0)
     monkeypatch.undo()
     take_steps(source, [0])
-    monkeypatch.setattr(StatePages, "_make_pages", refuse)
+    monkeypatch.setattr(state_pages, "_make_pages", refuse)
     with nothing_changes(other), pytest.raises(MemoryError, match="no bytes"):
         other.load_state_dict(source.state_dict())
     monkeypatch.undo()

@@ -1,5 +1,6 @@
 """State in a file, under a budget of memory: the same bits, and what is refused."""
 
+import copy
 import os
 
 import pytest
@@ -22,6 +23,8 @@ from optimizers import (
     take_steps,
 )
 from torch import nn
+
+from qlora_native.optim import paged_optimizer
 
 
 @over_all
@@ -280,3 +283,72 @@ def test_a_budget_too_small_to_share_says_whose_share_it_is(optimizer_class, tmp
     message = r"want at least \d+, .*\(the share of \d+-bit state on cpu; all is resident_bytes 9\)"
     with pytest.raises(ValueError, match=message):
         optimizer_class(parameters, **in_file(tmp_path, resident_bytes=9, min_8bit_size=100_000))
+
+
+@over_all
+def test_a_directory_is_tried_also_where_nothing_is_trained(optimizer_class, tmp_path):
+    frozen = torch.nn.Parameter(torch.ones(5), requires_grad=False)
+    with pytest.raises(FileNotFoundError, match="want a directory"):
+        optimizer_class([frozen], page_file=tmp_path / "missing")
+    with pytest.raises(ValueError, match="page_file is ''"):
+        optimizer_class([frozen], page_file="")
+
+
+@over_all
+def test_a_forked_child_writes_nothing_into_the_file(optimizer_class, tmp_path):
+    optimizer = stepped(
+        optimizer_class, make_parameters(shapes=[(5000,), (300,)]), page_file=tmp_path
+    )
+    saved = copy.deepcopy(optimizer.state_dict())
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for attempt in (
+            lambda: optimizer.load_state_dict(saved),
+            lambda: (optimizer.state.clear(), optimizer.step()),
+        ):
+            try:
+                attempt()
+            except NotImplementedError as error:
+                refused += "forked" in str(error)
+        os._exit(0 if refused == 2 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    after = optimizer.state_dict()
+    for i, state in saved["state"].items():
+        assert all(torch.equal(value, after["state"][i][name]) for name, value in state.items())
+
+
+@over_all
+def test_a_file_that_cannot_be_written_is_told_when_the_step_is_done(
+    optimizer_class, tmp_path, monkeypatch
+):
+    parameters = make_parameters(shapes=[(5000,), (300,)])
+    optimizer = stepped(
+        optimizer_class, [{"params": [p]} for p in parameters], steps=1, page_file=tmp_path
+    )
+    reference = stepped(
+        optimizer_class,
+        [{"params": [p]} for p in make_parameters(shapes=[(5000,), (300,)])],
+        steps=1,
+    )
+
+    class Unwritable:
+        def __init__(self, step):
+            self.prepare, self.real = step.prepare, step.run
+
+        def run(self):
+            self.real()
+            raise OSError(28, "No space left on device", str(tmp_path))
+
+    def make_calls(*arguments):
+        calls = real(*arguments)
+        return [calls[0]._replace(step=Unwritable(calls[0].step)), *calls[1:]]
+
+    real = paged_optimizer.make_calls
+    monkeypatch.setattr(paged_optimizer, "make_calls", make_calls)
+    set_gradients(1, parameters_of(optimizer), parameters_of(reference))
+    with pytest.raises(OSError, match="No space left"):
+        optimizer.step()
+    monkeypatch.undo()
+    reference.step()
+    assert same_run(optimizer, reference)  # all parameters have taken the step
