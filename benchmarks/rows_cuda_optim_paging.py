@@ -20,7 +20,7 @@ from rows_cuda_paging import plain_loop
 ORDINARY = "ordinary memory"
 _ELEMENTS = {"cuda": 2**27, "cpu": 2**19}  # 1 GiB of state in 32 bits
 _TENSORS = 8
-_PAGE_BYTES = {"cuda": 2**25, "cpu": 2**16}
+_PAGE_BYTES = {"cuda": 2**25, "cpu": 2**20}
 _RESIDENT = 1 / 4
 _STRATEGIES = {"cuda": ("managed", "pinned"), "cpu": ("file",)}
 
@@ -50,7 +50,7 @@ def _paged(
     settings: dict[str, Any] = {"page_file": folder} if strategy == "file" else {"paging": strategy}
     settings["page_bytes"] = page_bytes
     if is_partly:
-        settings["resident_bytes"] = int(_RESIDENT * problem.state_bytes) // page_bytes * page_bytes
+        settings["resident_bytes"] = max(2 * page_bytes, int(_RESIDENT * problem.state_bytes))
     rounds = {
         OURS: problem.round_of_ours(OURS, **settings),
         ORDINARY: problem.round_of_ours(ORDINARY),

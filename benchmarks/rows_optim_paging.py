@@ -13,7 +13,7 @@ from rows_optim import sized
 
 ORDINARY, PLAIN_LOOP = "ordinary memory", "plain loop over the file"
 _TENSORS, _ELEMENTS = 8, 2**22  # of each tensor: 256 MiB of state in AdamW's 32 bits
-_PAGE_BYTES, _SMALLEST_PAGE = 2**22, 2**16
+_PAGE_BYTES, _SMALLEST_PAGE = 2**22, 2**20
 _RESIDENT = 1 / 4
 
 
@@ -34,7 +34,7 @@ def _paged(kind: Kind, is_partly: bool, folder: Path, shrink: int) -> Case:
     page_bytes = max(_SMALLEST_PAGE, _PAGE_BYTES // shrink)
     settings: dict[str, object] = {"page_file": folder, "page_bytes": page_bytes}
     if is_partly:
-        settings["resident_bytes"] = int(_RESIDENT * problem.state_bytes) // page_bytes * page_bytes
+        settings["resident_bytes"] = max(2 * page_bytes, int(_RESIDENT * problem.state_bytes))
     rounds = {
         OURS: problem.round_of_ours(OURS, **settings),
         ORDINARY: problem.round_of_ours(ORDINARY),
