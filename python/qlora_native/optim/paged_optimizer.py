@@ -247,7 +247,7 @@ class PagedOptimizer(torch.optim.Optimizer):
 
         They have none yet, or others put it there, as unpickling does.
         """
-        pages, states = self._pages, self.state
+        slots, states = self._pages.slots, self.state
         batches: list[Batch] = []
         others: list[tuple[Tensor, Slot]] = []
         for group in self.param_groups:
@@ -256,7 +256,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 grad = param.grad
                 if grad is None:
                     continue
-                slot = pages.get(param)
+                slot = slots.get(id(param))  # a call for each parameter is most of a small step
                 if slot is None or slot.shape != param.shape:
                     self._refuse_to_capture(param)
                     self._lay_out(p for _, p in self._numbered() if p.grad is not None)

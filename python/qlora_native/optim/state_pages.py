@@ -87,7 +87,12 @@ class Slot:
     def holds(self, state: Mapping[str, Any] | None) -> bool:
         """Whether a parameter's state is the tensors of this slot, and not others put there."""
         # Asked of every parameter at every step: this runs without a line of Python for each view.
-        return state is not None and all(map(is_, map(state.get, self.views), self.views.values()))
+        views = self.views
+        if state is None or len(state) < len(views):
+            return False
+        if len(state) == len(views) and all(map(is_, state.values(), views.values())):
+            return True
+        return all(map(is_, map(state.get, views), views.values()))
 
     def fits(self, param: Tensor, kind: StateKind) -> bool:
         """Whether the parameter is as it was when its state was given this place."""

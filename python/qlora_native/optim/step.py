@@ -1,7 +1,6 @@
 """One step: calls of the core, each for the parameters of a group with state in the same pages."""
 
 from collections import defaultdict
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,8 @@ from qlora_native.ops.storage import PLAIN_TYPES, execution, run_core
 from qlora_native.optim.gradients import check_gradient, check_steppable, in_core
 from qlora_native.optim.state_pages import Slot
 from qlora_native.sharding import is_sharded, local_part, shard_index
+
+_PLAIN = frozenset(PLAIN_TYPES)
 
 
 class Scaling(NamedTuple):
@@ -93,8 +94,9 @@ def run_calls(calls: list[Call]) -> None:
 def _parts(batch: Batch) -> list[Batch]:
     """The batch, in the order of its pages; apart what has another seed of its own."""
     slots = batch.slots
-    if any(a.first_element > b.first_element for a, b in pairwise(slots)):
-        order = sorted(range(len(slots)), key=lambda i: slots[i].first_element)
+    places = [slot.first_element for slot in slots]
+    if places != sorted(places):
+        order = sorted(range(len(places)), key=places.__getitem__)
         batch = Batch(batch.group, *([values[i] for i in order] for values in batch[1:]))
     if not batch.group["stochastic_rounding"] or not any(map(is_sharded, batch.params)):
         return [batch]
@@ -120,11 +122,11 @@ def _make_call(name: str, batch: Batch, scaling: Scaling) -> Call:
     device = slots[0].device
     params, grads = batch.params, batch.grads
     written, copies = params, []
-    if not all(map(_is_in_core, params, grads)):
+    if not _are_in_core(params, grads):
         params, grads, written = [], [], []
         for param, grad, slot in zip(batch.params, batch.grads, slots, strict=True):
             local, dense, dense_grad = param, param, grad
-            if not _is_in_core(param, grad):
+            if not _are_in_core([param], [grad]):
                 _explain(name, param, grad, slot)  # before their memory is asked for
                 local = local_part(param)
                 dense, dense_grad = in_core(param, grad)
@@ -169,16 +171,17 @@ def _on_device(number: Tensor | None, device: torch.device) -> Tensor | None:
     return local_part(number).detach().to(device, torch.float32, non_blocking=device.type == "cuda")
 
 
-def _is_in_core(param: Tensor, grad: Tensor) -> bool:
-    """Whether the core can read both as they are."""
+def _are_in_core(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether the core can read all of them as they are."""
+    # A line for each tensor would take as long as the rest of a step on small ones.
     return (
-        type(param) in PLAIN_TYPES
-        and type(grad) in PLAIN_TYPES
-        and grad.layout is torch.strided
-        and param.is_contiguous()
-        and grad.is_contiguous()
-        and not grad.is_neg()
-        and not param.is_neg()
+        _PLAIN.issuperset(map(type, params))
+        and _PLAIN.issuperset(map(type, grads))
+        and all(grad.layout is torch.strided for grad in grads)
+        and all(map(Tensor.is_contiguous, params))
+        and all(map(Tensor.is_contiguous, grads))
+        and not any(map(Tensor.is_neg, params))
+        and not any(map(Tensor.is_neg, grads))
     )
 
 
