@@ -351,8 +351,8 @@ TEST_P(CudaPaging, APageThatCameAheadIsWhatTheHostWroteSince) {
   std::memset(buffer->data(), 0, static_cast<std::size_t>(bytes));
   walk(*buffer, stream, 0);
   cudaStreamSynchronize(stream);
-  EXPECT_EQ(
-      0, std::memcmp(buffer->data(), expected_after(1).data(), static_cast<std::size_t>(bytes)));
+  EXPECT_EQ(0,
+            std::memcmp(buffer->data(), expected_after(1).data(), static_cast<std::size_t>(bytes)));
 }
 
 TEST_P(CudaPaging, OfTwoRequestsTheLaterOneCounts) {
