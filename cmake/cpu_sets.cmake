@@ -34,25 +34,26 @@ function(qlora_add_cpu_sets target)
   target_sources(${target} PRIVATE csrc/cpu/simd/dynamic_map_tables.cpp)
   if(QLORA_SANITIZE AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     # Checks as calls: written out, those of the unrolled kernels take GCC some five minutes to compile.
-    set_source_files_properties(csrc/cpu/avx2/lora.cpp csrc/cpu/avx512/lora.cpp PROPERTIES
+    set_source_files_properties(
+      csrc/cpu/avx2/lora.cpp csrc/cpu/avx2/optimizer.cpp csrc/cpu/avx512/lora.cpp csrc/cpu/avx512/optimizer.cpp PROPERTIES
       COMPILE_OPTIONS "--param=asan-instrumentation-with-call-threshold=0")
   endif()
   qlora_add_cpu_set(${target} avx2
-    csrc/cpu/avx2/optimizer.cpp
     csrc/cpu/avx2/dora.cpp
     csrc/cpu/avx2/dropout.cpp
     csrc/cpu/avx2/kernels.cpp
     csrc/cpu/avx2/lora.cpp
     csrc/cpu/avx2/nf4_codec.cpp
-    csrc/cpu/avx2/nf4_linear.cpp)
+    csrc/cpu/avx2/nf4_linear.cpp
+    csrc/cpu/avx2/optimizer.cpp)
   qlora_add_cpu_set(${target} avx512
-    csrc/cpu/avx512/optimizer.cpp
     csrc/cpu/avx512/dora.cpp
     csrc/cpu/avx512/dropout.cpp
     csrc/cpu/avx512/kernels.cpp
     csrc/cpu/avx512/lora.cpp
     csrc/cpu/avx512/nf4_codec.cpp
-    csrc/cpu/avx512/nf4_linear.cpp)
+    csrc/cpu/avx512/nf4_linear.cpp
+    csrc/cpu/avx512/optimizer.cpp)
   qlora_add_cpu_set(${target} avx512_bf16
     csrc/cpu/avx512_bf16/kernels.cpp
     csrc/cpu/avx512_bf16/lora.cpp

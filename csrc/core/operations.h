@@ -212,11 +212,13 @@ constexpr const char* optimizer_step_name(OptimizerRule rule, bool is_8bit) {
 /// each a float32 of one element, or absent. They are read when the step runs, without a
 /// synchronisation, and so their range is not checked.
 struct OptimizerStep : OptimizerNumbers {
-  TensorView lr_tensor{};  // takes the place of `lr`
-  TensorView
-      grad_scale{};        // what the gradients were multiplied by, which is undone: a scale of the
-                           // loss, or a norm that is being clipped over its limit
-  TensorView found_inf{};  // where it is not zero, the call does nothing
+  /// Takes the place of `lr`.
+  TensorView lr_tensor{};
+  /// What the gradients were multiplied by, which is undone: a scale of the loss, or a norm that is
+  /// being clipped over its limit.
+  TensorView grad_scale{};
+  /// Where it is not zero, the call does nothing.
+  TensorView found_inf{};
 };
 
 /// Where the state of a parameter is. Of 32 bits: float32 moments of the parameter's size. Of 8 bits:

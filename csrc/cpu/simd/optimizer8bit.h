@@ -218,7 +218,7 @@ class MomentEncoder {
   std::uint8_t* const codes_;
 };
 
-/// Calls `function(first)` for the first element of every group of a block.
+/// Calls `group(first)` of every step for the first element of each group of a block.
 template <typename Simd, typename... Steps>
 QLORA_INLINE void for_each_group(Steps&&... steps) {
   for (std::int64_t i = 0; i < state_block_size; i += registers_per_group * Simd::lanes) {
